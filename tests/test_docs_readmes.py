@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from markdown import anchor, commands, links, parse, quoted
+from readme_parts import anchor, commands, links, parse, quoted
 from repository import PROJECT, relative, tracked_files
 
 ENGLISH = PROJECT / "README.md"
