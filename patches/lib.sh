@@ -26,18 +26,18 @@ queue_names() {
 # A hunk that lands elsewhere than its header says is an error: the queue no longer describes the pin. Leaving a
 # patch out moves the lines of those behind it, so only then are offsets taken.
 queue_apply() {
-  local tree="$1" without="" name output
+  local tree="$1" without="" name output context=()
   [ "${2:-}" != --without ] || without="${3:?queue_apply --without needs a name}"
   if [ -n "$without" ] && ! queue_names | grep -qxF "$without"; then
     echo "patches: no patch '$without' in $PATCHES_DIR/series." >&2
     return 1
   fi
+  [ -z "$without" ] || context=(-C1)
   while IFS= read -r name; do
     [ "$name" != "$without" ] || continue
-    # GIT_CEILING_DIRECTORIES and --unsafe-paths are not needed: --directory stays off, and git apply outside a
-    # repository works on plain files below the current folder.
+    # The ceiling keeps git from taking a repository around TREE for its own: it would then skip TREE's files.
     if ! output="$(cd "$tree" && LC_ALL=C GIT_CEILING_DIRECTORIES="$(dirname "$PWD")" \
-      queue_git apply --whitespace=nowarn --verbose "$PATCHES_DIR/$name" 2>&1)"; then
+      queue_git apply --whitespace=nowarn --verbose "${context[@]}" "$PATCHES_DIR/$name" 2>&1)"; then
       printf '%s\n' "$output" >&2
       echo "patches: $name does not apply to $tree." >&2
       return 1
