@@ -1,0 +1,1 @@
+"""Everything a user runs: launchers, inference, and what they share."""

@@ -1,0 +1,1 @@
+"""Python shared by the launchers, reports, inference and evaluation."""

@@ -1,0 +1,149 @@
+"""A whole SD3 pipeline directory with random weights, small enough to train on a CPU in seconds.
+
+It has every part of the published model (transformer, VAE, two CLIP text encoders with projection, T5 encoder, their
+tokenizers, scheduler) in the published layout, so whatever loads SD3 loads it. It paints noise: it proves that code
+runs, not that it learns.
+
+    python -m sd3.common.tiny_sd3 --output DIR [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import string
+import sys
+import tempfile
+from pathlib import Path
+
+CLIP_WIDTHS = (32, 48)  # unlike each other, and unlike SD3's 768 and 1280: nothing may tell the encoders by width
+T5_WIDTH = 96  # at least the sum of the CLIP widths, which are padded to it
+LATENT_CHANNELS = 16
+
+
+def _clip_tokenizer(folder: Path) -> None:
+    """Byte-level CLIP vocabulary without merges: every byte is a token, alone or ending a word."""
+    from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    from transformers import CLIPTokenizer
+
+    CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>", model_max_length=77
+    ).save_pretrained(folder)
+
+
+def _t5_tokenizer(folder: Path) -> int:
+    """Unigram tokenizer of printable characters; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(c for c in string.printable if not c.isspace())]
+    scores = [0.0, 0.0, 0.0, *(-2.0 for _ in pieces[3:])]
+    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=2))
+    tokenizer.normalizer = normalizers.Nmt()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    T5TokenizerFast(
+        tokenizer_object=tokenizer, extra_ids=0, model_max_length=77, pad_token="<pad>", eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return len(pieces)
+
+
+def _write_parts(folder: Path, seed: int) -> None:
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    for name in ("tokenizer", "tokenizer_2"):
+        _clip_tokenizer(folder / name)
+    t5_vocabulary = _t5_tokenizer(folder / "tokenizer_3")
+    clip_vocabulary = len(json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, width in zip(("text_encoder", "text_encoder_2"), CLIP_WIDTHS, strict=True):
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=clip_vocabulary, hidden_size=width, projection_dim=width, intermediate_size=2 * width,
+                    num_hidden_layers=2, num_attention_heads=4, bos_token_id=clip_vocabulary - 2,
+                    eos_token_id=clip_vocabulary - 1, pad_token_id=clip_vocabulary - 1,
+                )
+            ).save_pretrained(folder / name)
+        T5EncoderModel(
+            T5Config(
+                vocab_size=t5_vocabulary, d_model=T5_WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+            )
+        ).save_pretrained(folder / "text_encoder_3")
+        AutoencoderKL(
+            in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8, 8, 16, 16], layers_per_block=1,
+            latent_channels=LATENT_CHANNELS, norm_num_groups=4, sample_size=64, scaling_factor=1.5305,
+            shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+        ).save_pretrained(folder / "vae")
+        SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=LATENT_CHANNELS, num_layers=2, attention_head_dim=16,
+            num_attention_heads=4, joint_attention_dim=T5_WIDTH, caption_projection_dim=64,
+            pooled_projection_dim=sum(CLIP_WIDTHS), out_channels=LATENT_CHANNELS, pos_embed_max_size=24,
+        ).save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def make_tiny_sd3(output: Path, seed: int = 0) -> None:
+    """Write the pipeline directory `output`; the same seed gives the same files.
+
+    Raises:
+        FileExistsError: `output` exists and is not an empty directory.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"--output {output} exists and is not an empty directory; name a new one.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        _write_parts(aside, seed)
+        os.chmod(aside, 0o755)
+        os.replace(aside, output)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Make a tiny SD3 pipeline directory with random weights.")
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
+    options = parser.parse_args(arguments)
+    try:
+        make_tiny_sd3(options.output, options.seed)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
