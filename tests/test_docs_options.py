@@ -1,0 +1,56 @@
+"""The option tables of both READMEs against what each program's --help says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+
+import pytest
+
+from readme_parts import parse, quoted
+from repository import PROJECT, relative, tracked_files
+
+READMES = ["README.md", "README_zh.md"]
+LAUNCHERS = [relative(path) for path in tracked_files() if re.fullmatch(r"sd3/finetune_\w+\.sh", relative(path))]
+OPTION = re.compile(r"--[a-z][\w-]*")
+
+
+@cache
+def help_of(program: str) -> str:
+    done = subprocess.run(
+        ["bash", str(PROJECT / program), "--help"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def options_in_help(program: str) -> set[str]:
+    """Options that begin a line of the help text, aliases and alternatives on that line included."""
+    found: set[str] = set()
+    for line in help_of(program).splitlines():
+        if re.match(r"\s*(?:-\w,? *)?--[a-z]", line):
+            head = re.split(r"\s{2,}", line.strip())[0]
+            found |= set(OPTION.findall(head))
+    return found
+
+
+def options_in_readme(readme: str, program: str) -> set[str]:
+    """Options in the first column of the tables of the section that names the program's --help."""
+    named = f"`bash {program} --help`"
+    sections = [section for section in parse(PROJECT / readme) if named in section.text]
+    assert len(sections) == 1, f"{readme}: one section has to name {named}"
+    rows = [row for table in sections[0].tables for row in table]
+    return {option for row in rows for piece in quoted(row[0]) for option in OPTION.findall(piece)}
+
+
+def test_launchers_share_their_options() -> None:
+    assert len(LAUNCHERS) == 5
+    assert len({frozenset(options_in_help(launcher)) for launcher in LAUNCHERS}) == 1
+    assert len(options_in_help(LAUNCHERS[0])) > 20
+
+
+@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("program", ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh"])
+def test_the_table_is_the_help(readme: str, program: str) -> None:
+    assert options_in_readme(readme, program) == options_in_help(program)
