@@ -43,7 +43,7 @@ def detect(requested: str = "auto") -> str:
     if requested not in DEVICES:
         raise DeviceError(f"--device={requested} is not known; use auto, npu, cuda or cpu.")
     if count(requested) == 0:
-        raise DeviceError(f"--device={requested} was asked for, but no {requested} device is visible; use --device=auto.")
+        raise DeviceError(f"--device={requested}: no {requested} device is visible; use --device=auto.")
     return requested
 
 
