@@ -1,0 +1,253 @@
+# shellcheck shell=bash
+# The one place that runs accelerate. A launcher sets LAUNCHER, SUMMARY, SCRIPT, DEEPSPEED, its options and calls launch.
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+SD3_DIR="$(dirname "$HERE")"
+# shellcheck source=sd3/launch/python.sh
+. "$HERE/python.sh"
+# shellcheck source=sd3/launch/options.sh
+. "$HERE/options.sh"
+# shellcheck source=sd3/launch/cann.sh
+. "$HERE/cann.sh"
+# shellcheck source=sd3/launch/ascend_env.sh
+. "$HERE/ascend_env.sh"
+
+OPTION=(
+  [preset]=sd3 [instance_prompt]="" [validation_prompt]="" [caption_column]="" [input_dir]="" [dataset_name]=""
+  [num_processors]="" [gradient_accumulation_steps]=1 [checkpointing_steps]=500 [dataloader_num_workers]=0 [resume]=""
+  [output_dir]="" [config_file]="" [deepspeed_config]="" [num_machines]=1 [machine_rank]=0 [main_process_ip]=127.0.0.1
+  [main_process_port]=29500 [device]=auto [engine]=auto [seed]=""
+)
+
+project_python() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
+
+# The training script to run, and the first line of output.
+choose_engine() {
+  local wrong
+  if [ "${OPTION[engine]}" != native ]; then
+    if wrong="$(. "$PROJECT_DIR/patches/lib.sh" && queue_source_ok "$PROJECT_DIR/build/diffusers" 2>&1)"; then
+      ENGINE=diffusers
+      TRAIN_SCRIPT="$PROJECT_DIR/build/diffusers/examples/dreambooth/$SCRIPT.py"
+      echo "engine: diffusers (the patched checkout in build/diffusers is as it should be)"
+      return 0
+    fi
+    [ "${OPTION[engine]}" = auto ] && [ -f "$SD3_DIR/native/$SCRIPT.py" ] ||
+      fail "the patched scripts cannot be used: ${wrong//$'\n'/ } Run: bash $PROJECT_DIR/setup_env.sh" 3
+  fi
+  ENGINE=native
+  TRAIN_SCRIPT="$SD3_DIR/native/$SCRIPT.py"
+  [ -f "$TRAIN_SCRIPT" ] || fail "--engine=native: this version has no native engine; use --engine=diffusers." 3
+  echo "engine: native (${wrong:-asked for})"
+}
+
+# Where to train, and how many processes: DEVICE, OPTION[num_processors].
+choose_device() {
+  local found visible
+  if [ "${OPTION[device]}" = npu ] || { [ "${OPTION[device]}" = auto ] && [ -e /dev/davinci0 ]; }; then
+    source_cann || exit 3
+  fi
+  found="$(project_python -m sd3.common.devices --device="${OPTION[device]}")" || exit $?
+  found="$(tail -n 1 <<<"$found")"
+  DEVICE="${found% *}"
+  visible="${found#* }"
+  [ "$DEVICE" != cpu ] || [ "${OPTION[mixed_precision]}" != fp16 ] ||
+    fail "--mixed_precision=fp16 cannot run on a CPU; use --mixed_precision=bf16 or --mixed_precision=no."
+  if [ -z "${OPTION[num_processors]}" ]; then
+    OPTION[num_processors]=$((visible < 8 ? visible : 8))
+    [ "$visible" -ge 8 ] || echo "processes: ${OPTION[num_processors]} (visible $DEVICE devices: $visible)"
+  elif [ "$DEVICE" != cpu ] && [ "${OPTION[num_processors]}" -gt "$visible" ]; then
+    fail "--num_processors=${OPTION[num_processors]} is more than the $visible visible $DEVICE devices; use at most $visible."
+  fi
+  set_training_env "$DEVICE" || exit 2
+}
+
+absolute() { case "$1" in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$PWD/$1" ;; esac; }
+
+# Paths are relative to where the user stands; what is no path there is a hub name.
+settle_paths() {
+  local name
+  for name in model_name dataset_name input_dir; do
+    [ ! -e "${OPTION[$name]:-/dev/null/none}" ] || OPTION[$name]="$(absolute "${OPTION[$name]}")"
+  done
+  for name in config_file deepspeed_config; do
+    [ -n "${OPTION[$name]}" ] || continue
+    [ -r "${OPTION[$name]}" ] || fail "--$name=${OPTION[$name]} cannot be read; name an existing file."
+    OPTION[$name]="$(absolute "${OPTION[$name]}")"
+  done
+  [ -z "${OPTION[main_process_ip]}" ] || [ "${OPTION[num_machines]}" -eq 1 ] || [ -n "${OPTION[output_dir]}" ] ||
+    fail "--num_machines=${OPTION[num_machines]} needs --output_dir, a directory that all machines share."
+}
+
+# RUN_DIR: the one named, the newest run for a bare --resume, else a new one.
+choose_run_dir() {
+  local runs="$PROJECT_DIR/logs/$LAUNCHER" newest=""
+  if [ -n "${OPTION[output_dir]}" ]; then
+    RUN_DIR="$(absolute "${OPTION[output_dir]}")"
+  elif [ -n "${OPTION[resume]}" ]; then
+    newest="$(find "$runs" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | sort | tail -n 1)"
+    [ -n "$newest" ] || fail "--resume: $runs holds no run to go on with; name one with --output_dir."
+    RUN_DIR="$newest"
+  else
+    RUN_DIR="$runs/$(date -u +%Y%m%dT%H%M%SZ)"
+  fi
+  [ -z "${OPTION[resume]}" ] || check_resume
+}
+
+check_resume() {
+  local found
+  case "${OPTION[resume]}" in
+    latest)
+      found="$(find "$RUN_DIR" -mindepth 2 -maxdepth 2 -path '*/checkpoint-*/complete' 2>/dev/null | head -n 1)"
+      [ -n "$found" ] || fail "--resume=latest: $RUN_DIR holds no complete checkpoint; start without --resume." ;;
+    checkpoint-*)
+      [ -d "$RUN_DIR/${OPTION[resume]}" ] || fail "--resume=${OPTION[resume]}: there is no such directory in $RUN_DIR." ;;
+    *) fail "--resume=${OPTION[resume]} is not known; use latest or checkpoint-N." ;;
+  esac
+}
+
+# COMMAND: accelerate with the training script. The number of processes is said here alone; a file's is its default.
+build_command() {
+  local processes=$((OPTION[num_processors] * OPTION[num_machines])) config="${OPTION[config_file]}"
+  [ -n "$config" ] || config="$SD3_DIR/$CONFIG"
+  COMMAND=("$PYTHON" -m accelerate.commands.launch "--config_file=$config"
+    "--num_processes=$processes" "--num_machines=${OPTION[num_machines]}" "--machine_rank=${OPTION[machine_rank]}"
+    "--main_process_ip=${OPTION[main_process_ip]}" "--main_process_port=${OPTION[main_process_port]}")
+  if [ "$DEEPSPEED" -eq 1 ]; then
+    if [ -n "${OPTION[deepspeed_config]}" ]; then
+      COMMAND+=("--deepspeed_config_file=${OPTION[deepspeed_config]}")
+    elif [ "${OPTION[mixed_precision]}" = fp16 ]; then
+      COMMAND+=("--deepspeed_config_file=$SD3_DIR/deepspeed_fp16.json")
+    else
+      COMMAND+=("--zero_stage=2" "--mixed_precision=${OPTION[mixed_precision]}"
+        "--gradient_accumulation_steps=${OPTION[gradient_accumulation_steps]}")
+    fi
+  else
+    COMMAND+=("--mixed_precision=${OPTION[mixed_precision]}")
+    # accelerate runs several CPU ranks like cards, told apart by this variable alone; with DeepSpeed it must be unset.
+    if [ "$DEVICE" = cpu ]; then
+      export ACCELERATE_USE_CPU=true
+      [ "$processes" -gt 1 ] || COMMAND+=(--cpu)
+    fi
+  fi
+  COMMAND+=("$TRAIN_SCRIPT" "--pretrained_model_name_or_path=${OPTION[model_name]}" "--output_dir=$RUN_DIR"
+    "--instance_prompt=${OPTION[instance_prompt]}" "--resolution=${OPTION[resolution]}"
+    "--train_batch_size=${OPTION[batch_size]}" "--max_train_steps=${OPTION[max_train_steps]}"
+    "--mixed_precision=${OPTION[mixed_precision]}" "--learning_rate=${OPTION[learning_rate]}"
+    "--gradient_accumulation_steps=${OPTION[gradient_accumulation_steps]}" "--lr_scheduler=constant"
+    "--lr_warmup_steps=0" "--checkpointing_steps=${OPTION[checkpointing_steps]}"
+    "--dataloader_num_workers=${OPTION[dataloader_num_workers]}" "--report_to=tensorboard")
+  [ -z "${OPTION[dataset_name]}" ] || COMMAND+=("--dataset_name=${OPTION[dataset_name]}" "--caption_column=${OPTION[caption_column]}")
+  [ -z "${OPTION[input_dir]}" ] || COMMAND+=("--instance_data_dir=${OPTION[input_dir]}")
+  [ -z "${OPTION[validation_prompt]}" ] || COMMAND+=("--validation_prompt=${OPTION[validation_prompt]}" "--validation_epochs=25")
+  [ -z "${OPTION[seed]}" ] || COMMAND+=("--seed=${OPTION[seed]}")
+  [ "$GRADIENT_CHECKPOINTING" -eq 0 ] || COMMAND+=(--gradient_checkpointing)
+  [ -z "${OPTION[resume]}" ] || COMMAND+=("--resume_from_checkpoint=${OPTION[resume]}")
+  take_secrets_out
+  COMMAND+=("${PASSED_ON[@]}")
+}
+
+# A hub token travels in the environment, where the hub library looks for it, and so reaches no file.
+take_secrets_out() {
+  local kept=() argument next=0
+  for argument in "${PASSED_ON[@]}"; do
+    if [ "$next" -eq 1 ]; then
+      export HF_TOKEN="$argument"; next=0
+    else
+      case "$argument" in
+        --hub_token) next=1 ;;
+        --hub_token=*) export HF_TOKEN="${argument#*=}" ;;
+        *) kept+=("$argument") ;;
+      esac
+    fi
+  done
+  PASSED_ON=("${kept[@]}")
+}
+
+# The settings as JSON on standard output; the report's and the checks' view of this run.
+settings_json() {
+  local name pairs=()
+  for name in "${!OPTION[@]}"; do pairs+=("$name=${OPTION[$name]}"); done
+  "$PYTHON" - "${pairs[@]}" "script=$SCRIPT" "launcher=$LAUNCHER" "engine=$ENGINE" "device=$DEVICE" \
+    "deepspeed=$DEEPSPEED" "run_dir=$RUN_DIR" "case_name=$(case_name)" "started_at=$(date +%s.%N)" <<'END'
+import json, sys
+print(json.dumps(dict(pair.split("=", 1) for pair in sys.argv[1:]), indent=2, sort_keys=True))
+END
+}
+
+# The published logs' names, with the real number of cards.
+case_name() {
+  local model=SD3
+  case "${OPTION[preset]}" in sd3.5*) model=SD3.5 ;; esac
+  printf '%s_%s_%s_%sp_bs%s' "$model" "$CASE" "${OPTION[mixed_precision]}" \
+    "$((OPTION[num_processors] * OPTION[num_machines]))" "${OPTION[batch_size]}"
+}
+
+# Write standard input to a file: whole or not at all.
+write_file() {
+  cat >"$1.new"
+  sync "$1.new" 2>/dev/null || true
+  mv "$1.new" "$1"
+}
+
+quoted_command() { printf '%q ' "${COMMAND[@]}"; printf '\n'; }
+
+# The run directory, locked for as long as this launcher lives; machine 0 alone locks and writes.
+prepare_run_dir() {
+  mkdir -p "$RUN_DIR" 2>/dev/null || fail "--output_dir=$RUN_DIR cannot be made; name a directory that you may write."
+  [ -w "$RUN_DIR" ] || fail "--output_dir=$RUN_DIR cannot be written; name a directory that you may write."
+  [ "${OPTION[machine_rank]}" -eq 0 ] || return 0
+  exec 8>"$RUN_DIR/.lock"
+  flock -n 8 || fail "--output_dir=$RUN_DIR is in use by a run that is still going; wait for it or name another."
+  {
+    printf '#!/usr/bin/env bash\n# The exact command of this run. Secrets are not in it: export HF_TOKEN yourself.\n'
+    local name
+    while IFS='|' read -r name _; do
+      [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+    done <<<"$ASCEND_TABLE"
+    [ -z "${ACCELERATE_USE_CPU:-}" ] || printf 'export ACCELERATE_USE_CPU=%q\n' "$ACCELERATE_USE_CPU"
+    printf 'cd %q\nexec ' "$PWD"
+    quoted_command
+  } | write_file "$RUN_DIR/command.sh"
+  settings_json | write_file "$RUN_DIR/run_settings.json"
+  project_python -m sd3.common.run_environment --device="$DEVICE" | write_file "$RUN_DIR/environment.json"
+}
+
+launch() {
+  local status=0 supervised=0
+  parse_options "$@"
+  settle_options
+  check_numbers
+  find_python || exit 3
+  choose_engine
+  choose_device
+  settle_paths
+  choose_run_dir
+  build_command
+  settings_json | project_python -m sd3.common.preflight || exit $?
+  if [ -n "${GIVEN[dry-run]:-}" ]; then
+    quoted_command
+    return 0
+  fi
+  prepare_run_dir
+  echo "run directory: $RUN_DIR"
+  # The supervisor gets signals meant for this shell, and passes them to the ranks.
+  trap 'supervised=1' INT TERM HUP
+  # Descriptor 8 is the run's lock: it is this shell's alone, so that no stray process can hold it.
+  project_python -m sd3.common.supervise --log "$RUN_DIR/train$( [ "${OPTION[machine_rank]}" -eq 0 ] || echo "-machine-${OPTION[machine_rank]}").log" \
+    --grace "${SD3_STOP_GRACE:-60}" -- "${COMMAND[@]}" 8>&- <&0 &
+  local child=$!
+  trap 'kill -INT "$child" 2>/dev/null || true' INT
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM HUP
+  while :; do
+    supervised=0
+    wait "$child" || supervised=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  wait "$child" 2>/dev/null || status=$?
+  [ "$status" -ne 127 ] || status="$supervised"
+  trap - INT TERM HUP
+  if [ "${OPTION[machine_rank]}" -eq 0 ]; then
+    project_python -m sd3.common.report "$RUN_DIR" --exit-status "$status" || true
+  fi
+  exit "$status"
+}
