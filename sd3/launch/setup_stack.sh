@@ -110,7 +110,11 @@ install_stack() {
   else
     mapfile -t torch_lines < <(grep -E '^(torch|torchvision)==' "$requirements")
     pip_install "${torch_lines[@]}"
-    [ "$DEVICE" != npu ] || pip_install "${npu_line[@]}"
+    if [ "$DEVICE" = npu ]; then
+      # The x86_64 wheel of torch_npu asks for torch X+cpu, which the package index does not have.
+      pip_install --no-deps "${npu_line[0]}"
+      pip_install "${npu_line[@]:1}"
+    fi
     pip_install "${rest[@]}"
     DS_BUILD_OPS=0 pip_install --no-build-isolation "$(grep '^deepspeed==' "$requirements")"
   fi
