@@ -19,6 +19,7 @@ OPTION=(
   [main_process_port]=29500 [device]=auto [engine]=auto [seed]=""
 )
 
+# exec, where it is the last thing of a subshell: a signal then meets Python itself.
 project_python() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 
 # The training script to run, and the first line of output.
@@ -31,8 +32,9 @@ choose_engine() {
       echo "engine: diffusers (the patched checkout in build/diffusers is as it should be)"
       return 0
     fi
-    [ "${OPTION[engine]}" = auto ] && [ -f "$SD3_DIR/native/$SCRIPT.py" ] ||
+    if [ "${OPTION[engine]}" = diffusers ] || [ ! -f "$SD3_DIR/native/$SCRIPT.py" ]; then
       fail "the patched scripts cannot be used: ${wrong//$'\n'/ } Run: bash $PROJECT_DIR/setup_env.sh" 3
+    fi
   fi
   ENGINE=native
   TRAIN_SCRIPT="$SD3_DIR/native/$SCRIPT.py"
@@ -107,9 +109,9 @@ check_resume() {
 
 # COMMAND: accelerate with the training script. The number of processes is said here alone; a file's is its default.
 build_command() {
-  local processes=$((OPTION[num_processors] * OPTION[num_machines])) config="${OPTION[config_file]}"
-  [ -n "$config" ] || config="$SD3_DIR/$CONFIG"
-  COMMAND=("$PYTHON" -m accelerate.commands.launch "--config_file=$config"
+  local processes=$((OPTION[num_processors] * OPTION[num_machines]))
+  # shellcheck disable=SC2153  # CONFIG is the launcher's
+  COMMAND=("$PYTHON" -m accelerate.commands.launch "--config_file=${OPTION[config_file]:-$SD3_DIR/$CONFIG}"
     "--num_processes=$processes" "--num_machines=${OPTION[num_machines]}" "--machine_rank=${OPTION[machine_rank]}"
     "--main_process_ip=${OPTION[main_process_ip]}" "--main_process_port=${OPTION[main_process_port]}")
   if [ "$DEEPSPEED" -eq 1 ]; then
@@ -213,7 +215,7 @@ prepare_run_dir() {
 }
 
 launch() {
-  local status=0 supervised=0
+  local status=0 log=train.log child
   parse_options "$@"
   settle_options
   check_numbers
@@ -230,21 +232,18 @@ launch() {
   fi
   prepare_run_dir
   echo "run directory: $RUN_DIR"
-  # The supervisor gets signals meant for this shell, and passes them to the ranks.
-  trap 'supervised=1' INT TERM HUP
-  # Descriptor 8 is the run's lock: it is this shell's alone, so that no stray process can hold it.
-  project_python -m sd3.common.supervise --log "$RUN_DIR/train$( [ "${OPTION[machine_rank]}" -eq 0 ] || echo "-machine-${OPTION[machine_rank]}").log" \
-    --grace "${SD3_STOP_GRACE:-60}" -- "${COMMAND[@]}" 8>&- <&0 &
-  local child=$!
+  [ "${OPTION[machine_rank]}" -eq 0 ] || log="train-machine-${OPTION[machine_rank]}.log"
+  # Descriptor 8 is the run's lock: this shell's alone, so that no stray process can hold it.
+  project_python -m sd3.common.supervise --log "$RUN_DIR/$log" --grace "${SD3_STOP_GRACE:-60}" -- "${COMMAND[@]}" 8>&- &
+  child=$!
   trap 'kill -INT "$child" 2>/dev/null || true' INT
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM HUP
+  # A signal interrupts wait; the supervisor is then still ending the ranks.
   while :; do
-    supervised=0
-    wait "$child" || supervised=$?
+    status=0
+    wait "$child" || status=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  wait "$child" 2>/dev/null || status=$?
-  [ "$status" -ne 127 ] || status="$supervised"
   trap - INT TERM HUP
   if [ "${OPTION[machine_rank]}" -eq 0 ]; then
     project_python -m sd3.common.report "$RUN_DIR" --exit-status "$status" || true

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034  # what is set here is read by launch.sh
 # The launchers' options: one table, read by the parser, by --help and by the check for unknown names.
 
 declare -A OPTION=()   # what holds: the launcher's defaults, then the preset's, then the user's
