@@ -17,6 +17,11 @@ class Section:
     tables: list[list[list[str]]] = field(default_factory=list)
     text: str = ""
 
+    def code_pieces(self) -> list[str]:
+        """Everything that is set as code: blocks, and inline pieces in text and tables."""
+        cells = [cell for table in self.tables for row in table for cell in row]
+        return [*self.code, *quoted(self.text), *(piece for cell in cells for piece in quoted(cell))]
+
 
 def parse(path: Path) -> list[Section]:
     """The sections of a file in order."""
@@ -57,7 +62,7 @@ def commands(code: str) -> str:
 
 
 def quoted(text: str) -> list[str]:
-    """The pieces of inline code in a text."""
+    """The pieces of inline code in a text without code blocks."""
     return re.findall(r"`([^`]+)`", text)
 
 

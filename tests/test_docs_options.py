@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 
 from readme_parts import parse, quoted
-from repository import PROJECT, relative, tracked_files
+from repository import PROJECT, relative, text_of, tracked_files
 
 READMES = ["README.md", "README_zh.md"]
 LAUNCHERS = [relative(path) for path in tracked_files() if re.fullmatch(r"sd3/finetune_\w+\.sh", relative(path))]
@@ -54,3 +54,29 @@ def test_launchers_share_their_options() -> None:
 @pytest.mark.parametrize("program", ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh"])
 def test_the_table_is_the_help(readme: str, program: str) -> None:
     assert options_in_readme(readme, program) == options_in_help(program)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_environment_table_is_what_launchers_set(readme: str) -> None:
+    source = (PROJECT / "sd3" / "launch" / "ascend_env.sh").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in re.search(r"ASCEND_TABLE='(.*?)'", source, re.DOTALL)[1].splitlines()]
+    table = next(t for s in parse(PROJECT / readme) for t in s.tables if quoted(t[1][0]) == [rows[0][0]])
+    assert [(quoted(row[0])[0], row[2]) for row in table[1:]] == [(row[0], row[1]) for row in rows]
+    # On an NPU alone: every one but the two that mean something everywhere.
+    assert [row[1] == "NPU" for row in table[1:]] == [
+        row[0] not in {"TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS"} for row in rows
+    ]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_messages_exist(readme: str) -> None:
+    """Troubleshooting goes by messages that the programs really print."""
+    code = "\n".join(
+        text_of(path)
+        for path in tracked_files()
+        if path.suffix in {".sh", ".py"} and not relative(path).startswith("tests/")
+    )
+    section = next(s for s in parse(PROJECT / readme) if s.title in {"Troubleshooting", "常见报错"})
+    messages = [piece for row in section.tables[0][1:] for piece in quoted(row[0])]
+    assert len(messages) > 10
+    assert not [message for message in messages if message not in code]

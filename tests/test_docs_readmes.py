@@ -62,7 +62,8 @@ def test_files_it_names_exist(readme) -> None:
     """Every project file that is named as code exists, so that no section survives what it describes."""
     names = {
         name
-        for piece in quoted(readme.read_text(encoding="utf-8"))
+        for section in parse(readme)
+        for piece in section.code_pieces()
         for name in re.findall(r"(?<![\w./-])(?:sd3|patches|tests)/[\w./-]*\w", piece)
     }
     assert names
