@@ -19,7 +19,6 @@ OPTION=(
   [main_process_port]=29500 [device]=auto [engine]=auto [seed]=""
 )
 
-# exec, where it is the last thing of a subshell: a signal then meets Python itself.
 project_python() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 
 # The training script to run, and the first line of output.
@@ -234,7 +233,9 @@ launch() {
   echo "run directory: $RUN_DIR"
   [ "${OPTION[machine_rank]}" -eq 0 ] || log="train-machine-${OPTION[machine_rank]}.log"
   # Descriptor 8 is the run's lock: this shell's alone, so that no stray process can hold it.
-  project_python -m sd3.common.supervise --log "$RUN_DIR/$log" --grace "${SD3_STOP_GRACE:-60}" -- "${COMMAND[@]}" 8>&- &
+  # No function here: $! must be Python itself.
+  PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m sd3.common.supervise --log "$RUN_DIR/$log" --grace "${SD3_STOP_GRACE:-60}" \
+    -- "${COMMAND[@]}" 8>&- &
   child=$!
   trap 'kill -INT "$child" 2>/dev/null || true' INT
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM HUP
