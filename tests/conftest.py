@@ -1,0 +1,93 @@
+"""What the tests share: prepared directories, made once, and an honest account of what was skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+PREPARED = PROJECT / "build" / "tests"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked `long`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --full the long tests are left out, which is not the same as skipped."""
+    if config.getoption("--full"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that skips without the marker `upstream` is a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and not item.get_closest_marker("upstream") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, but only tests marked `upstream` may be: {report.longrepr}"
+
+
+def prepared(name: str, maker: Callable[..., None]) -> Path:
+    """A directory made by maker, kept between runs for as long as maker's source file stays the same."""
+    source = Path(maker.__code__.co_filename).read_bytes()
+    target = PREPARED / f"{name}-{hashlib.sha256(source).hexdigest()[:12]}"
+    if not target.exists():
+        PREPARED.mkdir(parents=True, exist_ok=True)
+        for stale in PREPARED.glob(f"{name}-*"):
+            shutil.rmtree(stale)
+        maker(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A whole SD3 pipeline directory with random weights."""
+    from sd3.common.tiny_sd3 import make_tiny_sd3
+
+    return prepared("tiny-sd3", make_tiny_sd3)
+
+
+@pytest.fixture(scope="session")
+def dog_dir() -> Path:
+    """Five pictures of one subject."""
+    from sd3.common.synthetic_data import make_dog
+
+    return prepared("dog", make_dog)
+
+
+@pytest.fixture(scope="session")
+def pokemon_dir() -> Path:
+    """Eight captioned pictures in a parquet file."""
+    from sd3.common.synthetic_data import make_pokemon
+
+    return prepared("pokemon", make_pokemon)
+
+
+@pytest.fixture(scope="session")
+def upstream_state() -> str:
+    """Empty where build/diffusers is the patched checkout, else why it is not."""
+    result = subprocess.run(
+        ["bash", "-c", '. patches/lib.sh; queue_source_ok "$PWD/build/diffusers"'],
+        cwd=PROJECT, capture_output=True, text=True,
+    )  # fmt: skip
+    return "" if result.returncode == 0 else result.stderr.strip() or "queue_source_ok failed"
+
+
+@pytest.fixture
+def upstream_checkout(upstream_state: str, request: pytest.FixtureRequest) -> Path:
+    """The patched checkout. Only a test marked `upstream` may ask for it; it is skipped where there is none."""
+    assert request.node.get_closest_marker("upstream"), "a test that needs upstream_checkout must be marked `upstream`"
+    if upstream_state:
+        pytest.skip(f"needs the patched diffusers source: {upstream_state}")
+    return PROJECT / "build" / "diffusers"
