@@ -8,7 +8,7 @@ SPY_DIR names a folder; rank N appends JSON lines to spy-N.jsonl there, each [ev
     latents     per image, sum of the latent distribution's mean, when latents are sampled
     validation  dtypes and checksums of transformer and VAE before and after a pipeline paints, and the noise's seed
     removed     name of a directory tree removed
-SPY_KILL_AT=PATH_PART ends the process at once, as kill -9 would, when torch.save begins a file whose path has that part.
+SPY_KILL_AT=PART ends the process at once, as kill -9 would, when torch.save begins a file whose path has that part.
 """
 
 from __future__ import annotations

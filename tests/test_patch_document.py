@@ -1,4 +1,4 @@
-"""The source document's three edits, as the queue has them: each symptom without the patch, and its absence with all."""
+"""The source document's three edits, as the queue has them: the symptom without each patch, and none with all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
 from patching import SCRIPTS, Run, scripts_without, train
 
 pytestmark = pytest.mark.upstream
@@ -38,7 +39,7 @@ def load_script(kind: str) -> ModuleType:
 def test_0001_full_checkpoint_under_deepspeed_fails_without(tmp_path: Path, tiny_model: Path, dog_dir: Path) -> None:
     arguments = ("--max_train_steps=3", "--checkpointing_steps=2")
     run = train(
-        "full", tmp_path / "out", tiny_model, dog(dog_dir), *arguments, without="0001", ranks=2, deepspeed=True, timeout=120
+        "full", tmp_path / "out", tiny_model, dog(dog_dir), *arguments, without="0001", ranks=2, deepspeed=True
     )
     assert run.status != 0
     assert run.status is None or "IndexError: pop from empty list" in run.log
@@ -51,12 +52,12 @@ def test_0001_rank_0_alone_rotates(tmp_path: Path, tiny_model: Path, dog_dir: Pa
     run = train(
         "lora", tmp_path / "out", tiny_model, dog(dog_dir), *arguments, without=without, ranks=2, deepspeed=True
     )
+    removed = [[name for name in run.events("removed", rank) if name.startswith("checkpoint")] for rank in (0, 1)]
     if without:
-        assert run.events("removed", 1) != []
+        assert removed[1] != []
     else:
         assert run.status == 0, run.log
-        assert run.events("removed", 0) == ["checkpoint-2"]
-        assert run.events("removed", 1) == []
+        assert removed == [["checkpoint-2"], []]
         assert sorted(path.name for path in run.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
@@ -163,6 +164,11 @@ def test_0003_a_terminal_keeps_its_bar() -> None:
     leader, follower = pty.openpty()
     subprocess.run([sys.executable, "-c", program], stderr=follower, check=True)
     os.close(follower)
-    shown = os.read(leader, 65536).decode()
+    shown = ""
+    while True:
+        try:
+            shown += os.read(leader, 65536).decode()
+        except OSError:  # the terminal's other end is closed
+            break
     assert "\rSteps: " in shown
-    assert shown.count("\n") <= 1
+    assert shown.count("Steps:") > shown.count("\n")

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from patching import PATCHES, PROJECT, scripts_without
 
 
@@ -46,7 +47,8 @@ def test_the_queue_is_true_to_the_pin(upstream_checkout: Path) -> None:
 def test_check_refuses_a_moved_hunk_and_refresh_mends_it(copied: Path) -> None:
     patch = copied / "patches" / PATCHES[3]
     text = patch.read_text(encoding="utf-8")
-    moved = re.sub(r"@@ -(\d+),(\d+) \+(\d+),", lambda m: f"@@ -{int(m[1]) + 7},{m[2]} +{int(m[3]) + 7},", text, count=1)
+    hunk = re.compile(r"@@ -(\d+),(\d+) \+(\d+),")
+    moved = hunk.sub(lambda m: f"@@ -{int(m[1]) + 7},{m[2]} +{int(m[3]) + 7},", text, count=1)
     assert moved != text
     patch.write_text(moved, encoding="utf-8")
     refused = queue("check", root=copied)

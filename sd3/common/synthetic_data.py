@@ -45,7 +45,8 @@ def head(pencil: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tupl
             pencil.polygon([(x + side * r * 0.2, y - r * 0.8), (x + side * r * 0.9, y - r * 0.4), tip], fill=colour)
     pencil.ellipse([x - r, y - r, x + r, y + r], fill=colour)
     for side in (-1, 1):
-        pencil.ellipse([x + side * r * 0.4 - r * 0.15, y - r * 0.35, x + side * r * 0.4 + r * 0.15, y - r * 0.05], fill=0)
+        eye = x + side * r * 0.4
+        pencil.ellipse([eye - r * 0.15, y - r * 0.35, eye + r * 0.15, y - r * 0.05], fill=0)
     pencil.ellipse([x - r * 0.18, y + r * 0.15, x + r * 0.18, y + r * 0.4], fill=(40, 30, 30))
 
 
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     images = options.images if options.images is not None else {"dog": 5, "pokemon": 8}[options.kind]
     try:
         if images < 1 or options.size < 16:
-            raise ValueError(f"--images={images} --size={options.size}: expected at least 1 image of at least 16 pixels.")
+            raise ValueError(f"--images={images} --size={options.size}: expected at least 1 image of 16 pixels.")
         {"dog": make_dog, "pokemon": make_pokemon}[options.kind](options.output, images, options.size, options.seed)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
