@@ -1,7 +1,9 @@
-"""Small data sets drawn on the spot, in the two layouts the launchers take.
+"""Small data sets drawn locally, in the two shapes of the published ones, for tests and the quick start.
 
-    python -m sd3.common.synthetic_data --kind dog --output DIR      # a folder of pictures of one subject
-    python -m sd3.common.synthetic_data --kind pokemon --output DIR  # captioned creatures in a parquet file
+`dog` is a folder of pictures of one dog-like figure; `pokemon` is a folder with a parquet file of pictures and
+captions. Nothing is downloaded.
+
+    python -m sd3.common.synthetic_data --kind dog|pokemon --output DIR [--images N] [--size 96] [--seed 0]
 """
 
 from __future__ import annotations
@@ -16,53 +18,129 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw
+if TYPE_CHECKING:
+    from PIL import Image
 
 COLOURS = {
-    "red": (205, 60, 50), "orange": (235, 140, 40), "yellow": (240, 210, 70), "green": (80, 160, 80),
-    "blue": (70, 110, 200), "purple": (140, 90, 180), "pink": (240, 150, 180), "brown": (140, 95, 60),
-}  # fmt: skip
+    "red": (206, 60, 52), "blue": (56, 96, 200), "green": (62, 156, 84), "yellow": (232, 198, 64),
+    "purple": (134, 82, 176), "orange": (232, 132, 48),
+}
+SHAPES = ("round", "square", "triangular")
+SIZES = (16, 4096)
 
 
-def scene(size: int, draw_with: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A square picture of sky and ground in random light colours."""
-    light = [tuple(draw_with.randint(150, 245) for _ in range(3)) for _ in range(2)]
-    image = Image.new("RGB", (size, size), light[0])
-    pencil = ImageDraw.Draw(image)
-    pencil.rectangle([0, size * draw_with.uniform(0.5, 0.8), size, size], fill=light[1])
-    return image, pencil
+def _canvas(size: int, rng: random.Random) -> Image.Image:
+    """A pale background that is not the same twice, so that the figure is what the pictures share."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (size, size), tuple(rng.randint(190, 245) for _ in range(3)))
+    ground = tuple(rng.randint(120, 180) for _ in range(3))
+    ImageDraw.Draw(image).rectangle((0, round(size * rng.uniform(0.75, 0.85)), size, size), fill=ground)
+    return image
 
 
-def head(pencil: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple[int, ...], floppy: bool) -> None:
-    """A face of radius r around (x, y) in pixels, with floppy ears or with horns."""
-    for side in (-1, 1):
-        if floppy:
-            left = x + side * r * 0.95 - r * 0.35
-            pencil.ellipse([left, y - r * 0.7, left + r * 0.7, y + r * 0.8], fill=tuple(c // 2 for c in colour))
-        else:
-            tip = (x + side * r * 1.1, y - r * 1.4)
-            pencil.polygon([(x + side * r * 0.2, y - r * 0.8), (x + side * r * 0.9, y - r * 0.4), tip], fill=colour)
-    pencil.ellipse([x - r, y - r, x + r, y + r], fill=colour)
-    for side in (-1, 1):
-        eye = x + side * r * 0.4
-        pencil.ellipse([eye - r * 0.15, y - r * 0.35, eye + r * 0.15, y - r * 0.05], fill=0)
-    pencil.ellipse([x - r * 0.18, y + r * 0.15, x + r * 0.18, y + r * 0.4], fill=(40, 30, 30))
+def _draw_dog(size: int, rng: random.Random) -> Image.Image:
+    """Always the same brown dog with floppy ears, at another place and scale."""
+    from PIL import ImageDraw
+
+    image = _canvas(size, rng)
+    draw = ImageDraw.Draw(image)
+    scale = size * rng.uniform(0.8, 1.0)
+    left, top = (size - scale) * rng.random(), (size - scale) * rng.random()
+
+    def box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, ...]:
+        return left + x0 * scale, top + y0 * scale, left + x1 * scale, top + y1 * scale
+
+    fur, dark, black = (166, 110, 62), (104, 64, 36), (24, 20, 18)
+    draw.line(box(0.72, 0.62, 0.92, 0.42), fill=dark, width=max(2, size // 24))
+    for x in (0.30, 0.42, 0.58, 0.68):
+        draw.rectangle(box(x, 0.70, x + 0.06, 0.92), fill=dark)
+    draw.ellipse(box(0.24, 0.48, 0.80, 0.80), fill=fur)
+    draw.ellipse(box(0.12, 0.18, 0.50, 0.56), fill=fur)
+    for x in (0.08, 0.44):
+        draw.ellipse(box(x, 0.20, x + 0.12, 0.48), fill=dark)
+    for x in (0.22, 0.36):
+        draw.ellipse(box(x, 0.30, x + 0.05, 0.35), fill=black)
+    draw.ellipse(box(0.27, 0.41, 0.36, 0.47), fill=black)
+    return image
 
 
-def new_directory(output: Path, fill: Callable[[Path], None]) -> None:
-    """Make a directory whole or not at all.
+def _draw_creature(size: int, rng: random.Random, colour: str, shape: str, mood: str) -> Image.Image:
+    """The creature that its caption describes."""
+    from PIL import ImageDraw
 
-    Raises:
-        FileExistsError: `output` exists and is not an empty directory.
-    """
-    output = Path(output)
+    image = _canvas(size, rng)
+    draw = ImageDraw.Draw(image)
+    low, high = size * 0.18, size * 0.82
+    if shape == "round":
+        draw.ellipse((low, low, high, high), fill=COLOURS[colour])
+    elif shape == "square":
+        draw.rectangle((low, low, high, high), fill=COLOURS[colour])
+    else:
+        draw.polygon([(size / 2, low), (low, high), (high, high)], fill=COLOURS[colour])
+    for x in (0.42, 0.58):
+        draw.ellipse((size * (x - 0.04), size * 0.46, size * (x + 0.04), size * 0.54), fill=(20, 20, 20))
+    start, end = (20, 160) if mood == "happy" else (200, 340)
+    draw.arc((size * 0.40, size * 0.58, size * 0.60, size * 0.74), start, end, fill=(20, 20, 20), width=max(1, size // 40))
+    return image
+
+
+def _write_dog(folder: Path, images: int, size: int, rng: random.Random) -> None:
+    for index in range(images):
+        _draw_dog(size, rng).save(folder / f"{index:02d}.png")
+
+
+def _write_pokemon(folder: Path, images: int, size: int, rng: random.Random) -> None:
+    import datasets
+
+    rows = []
+    for index in range(images):
+        colour = list(COLOURS)[index % len(COLOURS)]
+        shape = SHAPES[index % len(SHAPES)]
+        mood = rng.choice(("happy", "sad"))
+        png = io.BytesIO()
+        _draw_creature(size, rng, colour, shape, mood).save(png, "PNG")
+        caption = f"a drawing of a {mood} {shape} {colour} creature"
+        rows.append({"image": {"bytes": png.getvalue(), "path": f"{index:02d}.png"}, "text": caption})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_list(rows, features=features)
+    file = folder / "data" / "train-00000-of-00001.parquet"
+    file.parent.mkdir()
+    with file.open("wb") as stream:
+        table.to_parquet(stream)
+    about = {
+        "default": {
+            "description": "Drawn shapes with captions.", "features": features.to_dict(),
+            "splits": {"train": {"name": "train", "num_examples": images, "dataset_name": "pokemon"}},
+        }
+    }
+    (folder / "dataset_infos.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _make(
+    write: Callable[[Path, int, int, random.Random], None], output: Path, images: int, size: int, seed: int
+) -> None:
+    """Check the request, let `write` fill a folder beside `output`, and put it in place in one step."""
+    if images < 1:
+        raise ValueError(f"--images is {images}, expected at least 1; ask for one picture or more.")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"--size is {size}, expected {SIZES[0]} to {SIZES[1]} pixels; choose one in that range.")
+    output = Path(os.path.abspath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output {output} exists and is not an empty directory; name a new one.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        fill(aside)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be made: {error.strerror}; name a directory you can write to.") from None
+    try:
+        write(aside, images, size, random.Random(seed))
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
         os.chmod(aside, 0o755)
         os.replace(aside, output)
     except BaseException:
@@ -71,76 +149,44 @@ def new_directory(output: Path, fill: Callable[[Path], None]) -> None:
 
 
 def make_dog(output: Path, images: int = 5, size: int = 96, seed: int = 0) -> None:
-    """A folder of `images` pictures, `size` pixels square, of one brown floppy-eared dog in various places."""
+    """Write a folder of PNG pictures of one dog; the same arguments give the same pictures.
 
-    def fill(folder: Path) -> None:
-        for index in range(images):
-            draw_with = random.Random(f"dog {seed} {index}")
-            image, pencil = scene(size, draw_with)
-            r = size * draw_with.uniform(0.15, 0.25)
-            x, y = (draw_with.uniform(2 * r, size - 2 * r) for _ in range(2))
-            pencil.ellipse([x - r * 1.3, y + r * 0.6, x + r * 1.3, y + r * 2.4], fill=COLOURS["brown"])
-            head(pencil, x, y, r, COLOURS["brown"], floppy=True)
-            image.save(folder / f"dog-{index:02d}.png")
-
-    new_directory(output, fill)
+    Raises:
+        ValueError: a number is out of range.
+        OSError: `output` holds something already, or cannot be written.
+    """
+    _make(_write_dog, output, images, size, seed)
 
 
 def make_pokemon(output: Path, images: int = 8, size: int = 96, seed: int = 0) -> None:
-    """Captioned horned creatures in pokemon-blip-captions' layout: data/*.parquet with columns image and text."""
+    """Write a folder with a parquet file of pictures (`image`) and captions (`text`); raises as `make_dog` does."""
+    _make(_write_pokemon, output, images, size, seed)
 
-    def fill(folder: Path) -> None:
-        import pyarrow
-        import pyarrow.parquet
 
-        rows = []
-        for index in range(images):
-            draw_with = random.Random(f"creature {seed} {index}")
-            image, pencil = scene(size, draw_with)
-            name = draw_with.choice(sorted(COLOURS))
-            large = draw_with.random() < 0.5
-            r = size * (0.3 if large else 0.16)
-            head(pencil, size * draw_with.uniform(0.4, 0.6), size * 0.55, r, COLOURS[name], floppy=False)
-            stream = io.BytesIO()
-            image.save(stream, format="PNG")
-            text = f"a {'large' if large else 'small'} {name} creature with two horns"
-            rows.append({"image": {"bytes": stream.getvalue(), "path": f"{index:03d}.png"}, "text": text})
-        features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
-        schema = pyarrow.schema(
-            [
-                ("image", pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])),
-                ("text", pyarrow.string()),
-            ],
-            metadata={"huggingface": json.dumps({"info": {"features": features}})},
-        )
-        (folder / "data").mkdir()
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows, schema=schema), folder / "data" / "train-00000-of-00001.parquet"
-        )
-        (folder / "dataset_infos.json").write_text(json.dumps({"default": {"features": features}}) + "\n")
-
-    new_directory(output, fill)
+MAKERS = {"dog": make_dog, "pokemon": make_pokemon}
+DEFAULT_IMAGES = {"dog": 5, "pokemon": 8}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Draw a small data set.")
-    parser.add_argument("--kind", choices=("dog", "pokemon"), required=True)
+    parser = argparse.ArgumentParser(description="Draw a small data set: a folder of dogs, or captioned creatures.")
+    parser.add_argument("--kind", choices=sorted(MAKERS), required=True, help="what to draw")
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
-    parser.add_argument("--images", type=int, help="how many (default 5 dogs, 8 creatures)")
-    parser.add_argument("--size", type=int, default=96, help="side in pixels (default 96)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, help="how many pictures (default: 5 dogs, 8 creatures)")
+    parser.add_argument("--size", type=int, default=96, help="width and height in pixels (default 96)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
     options = parser.parse_args(arguments)
-    images = options.images if options.images is not None else {"dog": 5, "pokemon": 8}[options.kind]
+    images = DEFAULT_IMAGES[options.kind] if options.images is None else options.images
     try:
-        if images < 1 or options.size < 16:
-            raise ValueError(f"--images={images} --size={options.size}: expected at least 1 image of 16 pixels.")
-        {"dog": make_dog, "pokemon": make_pokemon}[options.kind](options.output, images, options.size, options.seed)
-    except (OSError, ValueError) as error:
+        MAKERS[options.kind](options.output, images, options.size, options.seed)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    from sd3.common import venv
+
+    venv.ensure(["PIL", "datasets"])
     sys.exit(main())

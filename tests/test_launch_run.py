@@ -1,0 +1,162 @@
+"""A launcher's run: its directory, its secrets, its exit status, its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from launching import BF16, DDP, fake_project, launch, start
+
+TOKEN = "hf_not_a_real_token_0123456789"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_project(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_model: Path, dog_dir: Path) -> list[str]:
+    data = [f"--model_name={tiny_model}", f"--input_dir={dog_dir}", "--device=cpu", "--mixed_precision=bf16"]
+    return [*data, "--resolution=64", f"--output_dir={tmp_path / 'the run'}"]
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def processes_with(marker: str) -> list[int]:
+    """Live processes that have STUB_MARKER=marker in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and f"STUB_MARKER={marker}".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_run_directory_is_whole_and_holds_no_secret(project: Path, arguments: list[str], tmp_path: Path) -> None:
+    result = launch(
+        project, DDP, *arguments, "--", f"--hub_token={TOKEN}", "--push_to_hub", WANDB_API_KEY="wandb-secret-0123456789"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("engine: diffusers")
+    run = tmp_path / "the run"
+    held = {path.name for path in run.iterdir()}
+    assert {"train.log", "command.sh", "environment.json", "run_settings.json", "report.json"} <= held
+    assert "SD3_Dreambooth_bf16_1p_bs1.log" in held
+    seen = json.loads((run / "stub-0.json").read_text())
+    (run / "stub-0.json").unlink()
+    assert seen["environment"]["HF_TOKEN"] == TOKEN
+    assert "--push_to_hub" in seen["arguments"]
+    assert not [argument for argument in seen["arguments"] if TOKEN in argument]
+    for file in run.iterdir():
+        assert TOKEN.encode() not in file.read_bytes(), file
+        assert b"wandb-secret" not in file.read_bytes(), file
+    assert "stub started ***" in (run / "train.log").read_text()
+    assert TOKEN not in result.stdout
+    for line in ("Final Performance images/sec : n/a", "Final Train Loss : n/a", "E2E Training Duration sec : "):
+        assert line in result.stdout
+    command = (run / "command.sh").read_text()
+    assert command.startswith("#!/usr/bin/env bash\n")
+    assert "--push_to_hub" in command
+
+
+def test_the_exit_status_is_the_trainings(project: Path, arguments: list[str]) -> None:
+    assert launch(project, DDP, *arguments, STUB_EXIT="1").returncode == 1
+
+
+def test_the_users_environment_wins(project: Path, arguments: list[str], tmp_path: Path) -> None:
+    assert launch(project, DDP, *arguments, OMP_NUM_THREADS="3").returncode == 0
+    seen = json.loads((tmp_path / "the run" / "stub-0.json").read_text())["environment"]
+    assert seen["OMP_NUM_THREADS"] == "3"
+    assert seen["TOKENIZERS_PARALLELISM"] == "false"
+    assert "HCCL_CONNECT_TIMEOUT" not in seen  # means nothing off an NPU
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (DDP, 2), (BF16, 2)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_ranks_which_get_their_time(
+    project: Path, arguments: list[str], tmp_path: Path, launcher: str, ranks: int, number: int, status: int
+) -> None:
+    marker = tmp_path.name
+    process = start(
+        project, launcher, *arguments, f"--num_processors={ranks}", "--main_process_port=29533",
+        STUB_MODE="careful", STUB_MARKER=marker,
+    )  # fmt: skip
+    run = tmp_path / "the run"
+    until(lambda: all((run / f"ready-{rank}").exists() for rank in range(ranks)))
+    os.kill(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode == status
+    assert all((run / f"finished-{rank}").exists() for rank in range(ranks))
+    assert processes_with(marker) == []
+    assert (run / "report.json").exists()
+
+
+def test_ctrl_c_in_a_terminal_signals_the_whole_group(project: Path, arguments: list[str], tmp_path: Path) -> None:
+    marker = tmp_path.name
+    process = start(project, DDP, *arguments, STUB_MODE="careful", STUB_MARKER=marker)
+    run = tmp_path / "the run"
+    until((run / "ready-0").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (run / "finished-0").exists()
+    assert processes_with(marker) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stubborn_ranks_are_killed_after_the_grace(
+    project: Path, arguments: list[str], tmp_path: Path, ranks: int
+) -> None:
+    marker = tmp_path.name
+    process = start(
+        project, DDP, *arguments, f"--num_processors={ranks}", "--main_process_port=29534",
+        STUB_MODE="stubborn", STUB_MARKER=marker, SD3_STOP_GRACE="3",
+    )  # fmt: skip
+    run = tmp_path / "the run"
+    until(lambda: all((run / f"ready-{rank}").exists() for rank in range(ranks)))
+    begun = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert 2.5 < time.monotonic() - begun < 30
+    assert processes_with(marker) == []
+
+
+def test_a_directory_in_use_is_refused_and_then_free(project: Path, arguments: list[str], tmp_path: Path) -> None:
+    process = start(project, DDP, *arguments, STUB_MODE="wait")
+    until((tmp_path / "the run" / "ready-0").exists)
+    refused = launch(project, DDP, *arguments)
+    assert refused.returncode == 2
+    assert "is in use by a run that is still going" in refused.stderr
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert launch(project, DDP, *arguments).returncode == 0
+
+
+def test_a_bare_resume_takes_this_launchers_newest_run(project: Path, arguments: list[str]) -> None:
+    without_output = [argument for argument in arguments if not argument.startswith("--output_dir")]
+    runs = project / "logs" / DDP.removesuffix(".sh")
+    refused = launch(project, DDP, *without_output, "--resume")
+    assert refused.returncode == 2
+    assert "holds no run" in refused.stderr
+    for name in ("20260101T000000Z", "20260102T000000Z"):
+        (runs / name / "checkpoint-3").mkdir(parents=True)
+        (runs / name / "checkpoint-3" / "complete").touch()
+    assert launch(project, DDP, *without_output, "--resume").returncode == 0
+    seen = json.loads((runs / "20260102T000000Z" / "stub-0.json").read_text())["arguments"]
+    assert "--resume_from_checkpoint=latest" in seen
+    assert f"--output_dir={runs / '20260102T000000Z'}" in seen
