@@ -75,7 +75,8 @@ def test_batches_of_one_accumulated_step_are_added(run: Path) -> None:
         session.step(number, at, 1.0, 4)
     session.close()
     steps = read_events(run).steps
-    assert [(step.number, step.images, step.wall_time - START) for step in steps[1:]] == [(1, 8, 3), (2, 8, 5), (3, 8, 7)]
+    found = [(step.number, step.images, step.wall_time - START) for step in steps[1:]]
+    assert found == [(1, 8, 3), (2, 8, 5), (3, 8, 7)]
 
 
 def test_checkpoints_and_validations_are_not_timed(run: Path) -> None:
@@ -110,8 +111,13 @@ def test_a_resume_overrules_the_lost_steps_and_its_pause_is_no_interval(run: Pat
 
 @pytest.mark.parametrize(
     ("count", "images", "said"),
-    [(0, 4, "recorded no step"), (1, 4, "needs at least 3 steps"), (2, 4, "needs at least 3 steps"), (9, None, "did not record")],
-)  # fmt: skip
+    [
+        (0, 4, "recorded no step"),
+        (1, 4, "needs at least 3 steps"),
+        (2, 4, "needs at least 3 steps"),
+        (9, None, "did not record"),
+    ],
+)
 def test_what_cannot_be_known_says_why(run: Path, count: int, images: int | None, said: str) -> None:
     plain(run, count, images=images)
     rate, text = throughput(read_events(run), 100)

@@ -83,7 +83,8 @@ def _draw_creature(size: int, rng: random.Random, colour: str, shape: str, mood:
     for x in (0.42, 0.58):
         draw.ellipse((size * (x - 0.04), size * 0.46, size * (x + 0.04), size * 0.54), fill=(20, 20, 20))
     start, end = (20, 160) if mood == "happy" else (200, 340)
-    draw.arc((size * 0.40, size * 0.58, size * 0.60, size * 0.74), start, end, fill=(20, 20, 20), width=max(1, size // 40))
+    mouth = (size * 0.40, size * 0.58, size * 0.60, size * 0.74)
+    draw.arc(mouth, start, end, fill=(20, 20, 20), width=max(1, size // 40))
     return image
 
 
@@ -134,7 +135,7 @@ def _make(
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise OSError(f"--output {output} cannot be made: {error.strerror}; name a directory you can write to.") from None
+        raise OSError(f"--output {output} cannot be made: {error.strerror}; name another directory.") from None
     try:
         write(aside, images, size, random.Random(seed))
         for path in aside.rglob("*"):
