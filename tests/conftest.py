@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +43,6 @@ def prepared(name: str, maker: Callable[..., None]) -> Path:
     target = PREPARED / f"{name}-{hashlib.sha256(source).hexdigest()[:12]}"
     if not target.exists():
         PREPARED.mkdir(parents=True, exist_ok=True)
-        for stale in PREPARED.glob(f"{name}-*"):
-            shutil.rmtree(stale)
         maker(target)
     return target
 
