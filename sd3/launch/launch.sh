@@ -85,7 +85,7 @@ choose_run_dir() {
   if [ -n "${OPTION[output_dir]}" ]; then
     RUN_DIR="$(absolute "${OPTION[output_dir]}")"
   elif [ -n "${OPTION[resume]}" ]; then
-    newest="$(find "$runs" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | sort | tail -n 1)"
+    newest="$(find "$runs" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | sort | tail -n 1 || true)"
     [ -n "$newest" ] || fail "--resume: $runs holds no run to go on with; name one with --output_dir."
     RUN_DIR="$newest"
   else
@@ -98,7 +98,7 @@ check_resume() {
   local found
   case "${OPTION[resume]}" in
     latest)
-      found="$(find "$RUN_DIR" -mindepth 2 -maxdepth 2 -path '*/checkpoint-*/complete' 2>/dev/null | head -n 1)"
+      found="$(find "$RUN_DIR" -mindepth 2 -maxdepth 2 -path '*/checkpoint-*/complete' 2>/dev/null || true)"
       [ -n "$found" ] || fail "--resume=latest: $RUN_DIR holds no complete checkpoint; start without --resume." ;;
     checkpoint-*)
       [ -d "$RUN_DIR/${OPTION[resume]}" ] || fail "--resume=${OPTION[resume]}: there is no such directory in $RUN_DIR." ;;
