@@ -28,7 +28,7 @@ queue_names() {
 queue_apply() {
   local tree="$1" without="" name output context=()
   [ "${2:-}" != --without ] || without="${3:?queue_apply --without needs a name}"
-  if [ -n "$without" ] && ! queue_names | grep -qxF "$without"; then
+  if [ -n "$without" ] && ! grep -qxF "$without" <<<"$(queue_names)"; then
     echo "patches: no patch '$without' in $PATCHES_DIR/series." >&2
     return 1
   fi
@@ -42,7 +42,7 @@ queue_apply() {
       echo "patches: $name does not apply to $tree." >&2
       return 1
     fi
-    if [ -z "$without" ] && printf '%s\n' "$output" | grep -q '(offset '; then
+    if [ -z "$without" ] && [[ $output == *'(offset '* ]]; then
       printf '%s\n' "$output" >&2
       echo "patches: $name applies to $tree only with an offset; run 'bash patches/queue.sh refresh'." >&2
       return 1

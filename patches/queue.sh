@@ -126,7 +126,7 @@ cmd_check() {
     queue_apply "$scratch/without-$name" --without "$name" || die "the queue needs $name: later patches stand on it." 1
   done < <(queue_names)
   for name in "$PATCHES_DIR"/*.patch; do
-    [ ! -e "$name" ] || queue_names | grep -qxF "$(basename "$name")" || die "$name is not in series." 1
+    [ ! -e "$name" ] || grep -qxF "$(basename "$name")" <<<"$(queue_names)" || die "$name is not in series." 1
   done
   echo "The queue is true: $(queue_names | wc -l) patches, any one of which can be left out."
 }

@@ -24,10 +24,10 @@ cann_set_env() {
 source_cann() {
   local script options
   script="$(cann_set_env)" || return 3
-  options="$(set +o)"
+  options="$-"
   set +eu
   # shellcheck disable=SC1090  # found at run time
   . "$script"
-  case "$options" in *"set -o errexit"*) set -e ;; esac
-  case "$options" in *"set -o nounset"*) set -u ;; esac
+  case "$options" in *e*) set -e ;; esac
+  case "$options" in *u*) set -u ;; esac
 }

@@ -37,6 +37,8 @@ seed|N|seed; empty for none
 dry-run||check everything and print the command, start nothing
 help||this text'
 
+# No pipe into grep -q: it may end before its source, which pipefail then takes for a failure.
+known_option() { grep -qxF -- "$1" <<<"$(option_names)"; }
 option_names() { cut -d'|' -f1 <<<"$OPTION_TABLE"; }
 
 usage() {
@@ -79,14 +81,14 @@ parse_options() {
         case "$name" in
           help|dry-run) ;;
           resume) if [ $# -gt 1 ] && [[ $2 != --* ]]; then value="$2"; shift; else value=latest; fi ;;
-          *) if option_names | grep -qxF -- "$name"; then
+          *) if known_option "$name"; then
                [ $# -gt 1 ] || fail "--$name needs a value."
                value="$2"; shift
              fi ;;
         esac ;;
       *) fail "'$1' is no option; options of the training script go after --." ;;
     esac
-    option_names | grep -qxF -- "$name" || fail "unknown option --$name; did you mean --$(nearest "$name")? (--help lists all)"
+    known_option "$name" || fail "unknown option --$name; did you mean --$(nearest "$name")? (--help lists all)"
     case "$name" in help) usage; exit 0 ;; dry-run) value=1 ;; esac
     GIVEN[$name]="$value"
     shift

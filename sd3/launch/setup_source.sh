@@ -27,9 +27,9 @@ unpack() {
   fi
   # A link that leads out, then a file written through it, is the other way to escape.
   case "$archive" in
-    *.zip) ! unzip -Z "$archive" | grep -q '^l' || die "$archive holds links, which the pinned tree does not." 2
+    *.zip) ! grep -q '^l' <<<"$(unzip -Z "$archive")" || die "$archive holds links, which the pinned tree does not." 2
       unzip -q "$archive" -d "$into" ;;
-    *) ! tar -tvzf "$archive" | grep -qE '^[^-d]|^h' || die "$archive holds links or special files, which the pinned tree does not." 2
+    *) ! grep -q '^[^-d]' <<<"$(tar -tvzf "$archive")" || die "$archive holds links or special files, which the pinned tree does not." 2
       tar -xzf "$archive" -C "$into" --no-same-owner ;;
   esac || die "$archive could not be unpacked." 2
 }
