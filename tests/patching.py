@@ -111,6 +111,7 @@ def train(
         *(*launch, str(PROJECT / "tests" / "spy.py"), str(scripts_without(without) / SCRIPTS[kind])),
         *(f"--pretrained_model_name_or_path={model}", f"--output_dir={output}", f"--mixed_precision={precision}"),
         *("--instance_prompt=a photo of sks dog", "--resolution=64", "--learning_rate=1e-3", "--lr_warmup_steps=0"),
+        "--train_batch_size=1",
         *("--report_to=tensorboard", *data, *arguments),
     ]
     process = subprocess.Popen(

@@ -77,7 +77,8 @@ def test_0007_cached_latents_keep_their_captions(
             sums[number] = vae.encode(pixels).latent_dist.mean.double().sum().item()
     pairs = []
     for rank in range(ranks):
-        steps = [prompts for prompts in run.events("prompts", rank) if prompts[0] in numbers]
+        # Both CLIP tokenizers are given the prompts of a step.
+        steps = [prompts for prompts in run.events("prompts", rank) if prompts[0] in numbers][::2]
         latents = run.events("latents", rank)[-len(steps) :]
         for prompts, means in zip(steps, latents, strict=True):
             nearest = min(sums, key=lambda number: abs(sums[number] - means[0]))
