@@ -74,7 +74,7 @@ def test_a_parent_that_is_a_file_is_refused_in_one_sentence(
     (tmp_path / "file").write_text("")
     assert main(["--kind", "dog", "--output", str(tmp_path / "file" / "dog")]) == 2
     error = capsys.readouterr().err
-    assert "name a directory you can write to" in error
+    assert "cannot be made" in error
     assert error.count("\n") == 1
 
 
