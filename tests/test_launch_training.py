@@ -1,0 +1,170 @@
+"""Real trainings through the launchers, on the CPU with the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launching import BF16, DDP, LAUNCHERS, PROJECT, environment
+from patching import free_port
+
+pytestmark = pytest.mark.upstream
+
+
+@pytest.fixture(autouse=True)
+def _checkout(upstream_checkout: Path) -> None:
+    """Every test here needs it."""
+
+
+@pytest.fixture
+def tiny(tiny_model: Path) -> list[str]:
+    settings = ["--device=cpu", "--mixed_precision=bf16", "--resolution=64", "--batch_size=1", "--seed=0"]
+    return [f"--model_name={tiny_model}", f"--main_process_port={free_port()}", *settings]
+
+
+def launch(launcher: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(PROJECT / "sd3" / launcher), *arguments],
+        env=environment(**env), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600,
+    )  # fmt: skip
+
+
+def report_of(run: Path) -> dict:
+    return json.loads((run / "report.json").read_text(encoding="utf-8"))
+
+
+def test_deepspeed_with_validation_checkpoint_and_resume(tmp_path: Path, tiny: list[str], pokemon_dir: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*tiny, f"--dataset_name={pokemon_dir}", "--num_processors=2", "--checkpointing_steps=4"]
+    arguments += ["--validation_prompt=a red creature", f"--output_dir={run}"]
+    script = ["--", "--validation_epochs=1", "--num_validation_images=1", "--checkpoints_total_limit=1"]
+    first = launch(BF16, *arguments, "--max_train_steps=8", *script)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert (run / "checkpoint-8" / "pytorch_model").is_dir()  # DeepSpeed's own part
+    assert not (run / "checkpoint-4").exists()
+    resumed = launch(BF16, *arguments, "--max_train_steps=12", "--resume", *script)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "Resuming from checkpoint checkpoint-8" in (run / "train.log").read_text()
+    report = report_of(run)
+    assert (report["last_step"], report["sessions"], report["steps"]) == (12, 2, 12)
+    assert report["images_received"] == 24
+    assert report["images_per_second"] > 0
+    assert f"Final Train Loss : {report['final_train_loss']:.6f}" in resumed.stdout
+    assert (run / "report.png").exists()
+    assert list(run.glob("validation-*.png"))
+    assert (run / "model_index.json").exists()
+    # The command that is written down runs: here only as far as its help.
+    command = (run / "command.sh").read_text()
+    assert subprocess.run(["bash", "-n", str(run / "command.sh")]).returncode == 0
+    assert "--resume_from_checkpoint=latest" in command
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_launcher_runs_to_its_end(
+    tmp_path: Path, tiny: list[str], pokemon_dir: Path, dog_dir: Path, launcher: str, processes: int
+) -> None:
+    data = f"--dataset_name={pokemon_dir}" if "deepspeed" in launcher else f"--input_dir={dog_dir}"
+    run = tmp_path / "run"
+    arguments = [*tiny, data, f"--num_processors={processes}", "--max_train_steps=4", "--checkpointing_steps=2"]
+    result = launch(launcher, *arguments, f"--output_dir={run}", "--", "--num_validation_images=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (run / "checkpoint-4" / "complete").exists()
+    assert (run / ("pytorch_lora_weights.safetensors" if "lora" in launcher else "model_index.json")).exists()
+    kinds = "DistributedType.DEEPSPEED" if "deepspeed" in launcher else "MULTI_CPU" if processes == 2 else "NO"
+    assert kinds in (run / "train.log").read_text()
+    assert report_of(run)["last_step"] == 4
+
+
+@pytest.mark.long
+def test_the_dog_folder_at_batch_8_gives_5_images_a_step(tmp_path: Path, tiny: list[str], dog_dir: Path) -> None:
+    run = tmp_path / "run"
+    result = launch(DDP, *tiny, "--batch_size=8", f"--input_dir={dog_dir}", "--max_train_steps=4", f"--output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    assert report_of(run)["images_received"] == 20
+
+
+@pytest.mark.long
+def test_killed_and_resumed(tmp_path: Path, tiny: list[str], dog_dir: Path) -> None:
+    """kill -9 of everything, right after a checkpoint, then --resume."""
+    run = tmp_path / "run"
+    arguments = [*tiny, f"--input_dir={dog_dir}", "--num_processors=2", "--checkpointing_steps=3"]
+    arguments += [f"--output_dir={run}", "--validation_prompt="]
+    process = subprocess.Popen(
+        ["bash", str(PROJECT / "sd3" / BF16), *arguments, "--max_train_steps=100000"],
+        env=environment(STUB_MARKER="killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 180
+    while not list(run.glob("checkpoint-*/complete")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.2)
+    marker = str(run).encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(entry.name) != os.getpid() and marker in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue
+    process.wait(timeout=30)
+    steps = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoint-*/complete"))
+    result = launch(BF16, *arguments, f"--max_train_steps={steps + 3}", "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert report_of(run)["last_step"] == steps + 3
+    assert f"Resuming from checkpoint checkpoint-{steps}" in (run / "train.log").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", [BF16, DDP])
+def test_two_machines_over_loopback(tmp_path: Path, tiny: list[str], dog_dir: Path, launcher: str) -> None:
+    run = tmp_path / "run"
+    arguments = [*tiny, f"--input_dir={dog_dir}", "--num_machines=2", "--num_processors=1", "--max_train_steps=4"]
+    arguments += ["--checkpointing_steps=2", "--main_process_ip=127.0.0.1", f"--output_dir={run}", "--validation_prompt="]
+    machines = [
+        subprocess.Popen(
+            ["bash", str(PROJECT / "sd3" / launcher), *arguments, f"--machine_rank={rank}"],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    output = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(output)
+    assert {path.name for path in (run / "checkpoint-4").glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    assert report_of(run)["images_received"] == 8
+    assert (run / "train-machine-1.log").exists()
+
+
+@pytest.mark.long
+def test_the_quick_start(tmp_path: Path) -> None:
+    output = tmp_path / "quick start"
+    result = subprocess.run(
+        ["bash", str(PROJECT / "sd3" / "quickstart.sh"), f"--output_dir={output}"],
+        env=environment(), capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert report_of(output / "full")["last_step"] == 20
+    assert report_of(output / "lora")["last_step"] == 12
+    for shown in (line.split("   ")[1] for line in result.stdout.splitlines() if line.startswith(f"   {output}")):
+        assert Path(shown.strip()).exists()
+
+
+
+def test_the_quick_start_removes_nothing_of_others(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    result = subprocess.run(
+        ["bash", str(PROJECT / "sd3" / "quickstart.sh"), f"--output_dir={tmp_path}"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "holds other files" in result.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
