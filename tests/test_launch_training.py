@@ -86,7 +86,8 @@ def test_every_launcher_runs_to_its_end(
 @pytest.mark.long
 def test_the_dog_folder_at_batch_8_gives_5_images_a_step(tmp_path: Path, tiny: list[str], dog_dir: Path) -> None:
     run = tmp_path / "run"
-    result = launch(DDP, *tiny, "--batch_size=8", f"--input_dir={dog_dir}", "--max_train_steps=4", f"--output_dir={run}")
+    arguments = ("--batch_size=8", f"--input_dir={dog_dir}", "--max_train_steps=4", f"--output_dir={run}")
+    result = launch(DDP, *tiny, *arguments)
     assert result.returncode == 0, result.stderr
     assert report_of(run)["images_received"] == 20
 
@@ -126,7 +127,8 @@ def test_killed_and_resumed(tmp_path: Path, tiny: list[str], dog_dir: Path) -> N
 def test_two_machines_over_loopback(tmp_path: Path, tiny: list[str], dog_dir: Path, launcher: str) -> None:
     run = tmp_path / "run"
     arguments = [*tiny, f"--input_dir={dog_dir}", "--num_machines=2", "--num_processors=1", "--max_train_steps=4"]
-    arguments += ["--checkpointing_steps=2", "--main_process_ip=127.0.0.1", f"--output_dir={run}", "--validation_prompt="]
+    arguments += ["--checkpointing_steps=2", "--main_process_ip=127.0.0.1", f"--output_dir={run}"]
+    arguments += ["--validation_prompt="]
     machines = [
         subprocess.Popen(
             ["bash", str(PROJECT / "sd3" / launcher), *arguments, f"--machine_rank={rank}"],

@@ -193,6 +193,15 @@ class Supervisor:
         code = self.child.returncode
         return 128 - code if code < 0 else code
 
+    @staticmethod
+    def reap() -> None:
+        """Collect orphans that came to this process when their parent died."""
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
     def end_all(self) -> None:
         """No process of the command outlives this call, whoever its parent is now."""
         for _ in range(50):
@@ -204,7 +213,8 @@ class Supervisor:
                     os.killpg(self.child.pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
-            self.child.poll()
+            if self.child.poll() is not None:
+                self.reap()
             if not left:
                 return
             time.sleep(0.05)
