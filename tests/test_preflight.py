@@ -66,7 +66,7 @@ def test_a_missing_shard_is_named(model: Path) -> None:
     assert "transformer/part-2.safetensors missing" in only(check_model(str(model)))
 
 
-@pytest.mark.parametrize("spoil", [lambda data: data[:-10], lambda data: b"version https://git-lfs"])
+@pytest.mark.parametrize("spoil", [lambda data: data[:-10], lambda data: b"a git-lfs pointer, not weights"])
 def test_damaged_weights_are_named(model: Path, spoil) -> None:
     weights = next((model / "vae").glob("*.safetensors"))
     weights.write_bytes(spoil(weights.read_bytes()))
