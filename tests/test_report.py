@@ -113,8 +113,8 @@ def test_a_resume_overrules_the_lost_steps_and_its_pause_is_no_interval(run: Pat
     ("count", "images", "said"),
     [
         (0, 4, "recorded no step"),
-        (1, 4, "needs at least 3 steps"),
-        (2, 4, "needs at least 3 steps"),
+        (1, 4, "needs at least 4 steps"),
+        (3, 4, "needs at least 4 steps"),
         (9, None, "did not record"),
     ],
 )
@@ -157,6 +157,29 @@ def test_files_and_lines(run: Path) -> None:
     assert lines[0] in (run / "SD3_Dreambooth_bf16_1p_bs4.log").read_text()
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "validation-3-0.png").read_bytes() == b"a picture"
+
+
+def test_the_log_has_the_published_keys(run: Path) -> None:
+    plain(run, 4)
+    report(run, 0)
+    log = (run / "SD3_Dreambooth_bf16_1p_bs4.log").read_text().splitlines()
+    values = dict(line.split(" = ", 1) for line in log if " = " in line)
+    assert (values["CaseName"], values["ActualFPS"]) == ("SD3_Dreambooth_bf16_1p_bs4", "2.000")
+    assert (values["TrainingTime"], values["ActualLoss"]) == ("2.000", "2.500000")
+    assert {"Network", "BatchSize", "DeviceType", "E2ETrainingTime"} <= values.keys()
+
+
+def test_a_plot_that_fails_costs_no_figure(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no fonts")
+
+    plain(run, 4)
+    monkeypatch.setattr("sd3.common.report.draw", fail)
+    assert report(run, 0)[0] == "Final Performance images/sec : 2.000"
+    assert "note: no report.png (RuntimeError: no fonts)" in capsys.readouterr().err
+    assert (run / "report.json").exists()
 
 
 def test_the_pictures_of_the_usual_writer_are_found(run: Path) -> None:

@@ -2,8 +2,8 @@
 
     python -m sd3.common.report RUN_DIR [--exit-status N]
 
-Reads run_settings.json and the tracker's event files; writes report.json, <CaseName>.log with the published launchers'
-three keys, report.png, and each validation's pictures as validation-EPOCH-N.png. It never fails a run: what cannot be
+Reads run_settings.json and the tracker's event files; writes report.json, <CaseName>.log under the published launchers'
+keys, report.png, and each validation's pictures as validation-EPOCH-N.png. It never fails a run: what cannot be
 known is "n/a" and says why.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from sd3.common.report_events import Events, Step, read_events
 
+MINIMUM = 2  # timed steps that make a rate: a single one may hold anything
 WARM_UP = 2  # steps at the start of each session that are not timed: caches, compilation, allocation
 LAST_LOSSES = 10  # steps that the final loss is the mean of, fewer in a short run: one batch's loss is mostly noise
 
@@ -50,8 +52,8 @@ def throughput(events: Events, checkpointing_steps: int) -> tuple[float | None, 
     if not events.steps:
         return None, "n/a, the tracker recorded no step"
     timed = [(step.images, seconds) for step, seconds in intervals(events, checkpointing_steps)]
-    if not timed:
-        return None, f"n/a, needs at least {WARM_UP + 1} steps in a row without a checkpoint or a validation"
+    if len(timed) < MINIMUM:
+        return None, f"n/a, needs at least {WARM_UP + MINIMUM} steps in a row without a checkpoint or a validation"
     if any(images is None for images, _ in timed):
         return None, "n/a, the training script did not record how many images it received"
     rate = sum(images for images, _ in timed if images) / sum(seconds for _, seconds in timed)
@@ -133,9 +135,25 @@ def report(run_dir: Path, exit_status: int | None) -> list[str]:
         "settings": settings,
     }
     write(run_dir / "report.json", json.dumps(result, indent=2, sort_keys=True).encode() + b"\n")
-    head = [f"{key} = {value}" for key, value in sorted(settings.items())]
-    write(run_dir / f"{settings['case_name']}.log", ("\n".join([*head, *lines]) + "\n").encode())
-    if (picture := draw(events, checkpointing_steps, settings["case_name"])) is not None:
+    timed = [seconds for _, seconds in intervals(events, checkpointing_steps)]
+    published = {
+        "Network": settings.get("script", "n/a"),
+        "BatchSize": settings.get("batch_size", "n/a"),
+        "DeviceType": platform.machine(),
+        "CaseName": settings["case_name"],
+        "ActualFPS": rate_text,
+        "TrainingTime": f"{statistics.fmean(timed):.3f}" if len(timed) >= MINIMUM else "n/a",  # s a step, as published
+        "ActualLoss": loss_text,
+        "E2ETrainingTime": f"{duration:.1f}",
+    }
+    rows = [f"{key} = {value}" for key, value in {**dict(sorted(settings.items())), **published}.items()]
+    write(run_dir / f"{settings['case_name']}.log", ("\n".join([*rows, *lines]) + "\n").encode())
+    try:
+        picture = draw(events, checkpointing_steps, settings["case_name"])
+    except Exception as error:  # whatever a drawing library may do, the figures are worth more than the plot
+        print(f"note: no report.png ({type(error).__name__}: {error}).", file=sys.stderr)
+        picture = None
+    if picture is not None:
         write(run_dir / "report.png", picture)
     for tag, epoch, index, png in events.pictures:
         write(run_dir / f"{tag}-{epoch}-{index}.png", png)
