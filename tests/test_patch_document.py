@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -162,6 +165,7 @@ def test_0003_a_terminal_keeps_its_bar() -> None:
     assert "\r" not in piped
     assert sum("loss=1" in line for line in piped.splitlines()) >= 2
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # tqdm draws nothing on a width of 0
     subprocess.run([sys.executable, "-c", program], stderr=follower, check=True)
     os.close(follower)
     shown = ""
