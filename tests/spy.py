@@ -8,7 +8,9 @@ SPY_DIR names a folder; rank N appends JSON lines to spy-N.jsonl there, each [ev
     latents     per image, sum of the latent distribution's mean, when latents are sampled
     validation  dtypes and checksums of transformer and VAE before and after a pipeline paints, and the noise's seed
     removed     name of a directory tree removed
+    npu         sum of the state handed to the stand-in for torch.npu
 SPY_KILL_AT=PART ends the process at once, as kill -9 would, when torch.save begins a file whose path has that part.
+SPY_NPU=1 puts a stand-in for torch.npu in place that has a random state, and nothing else, of an NPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -97,9 +100,20 @@ def watch() -> None:
     StableDiffusion3Pipeline.__call__ = call
 
 
+def pretend_npu() -> None:
+    """A generator of its own for each rank, moved on by each state that is asked for."""
+    state = torch.Generator().manual_seed(100 + int(os.environ.get("RANK", "0")))
+    torch.npu = SimpleNamespace(
+        get_rng_state=lambda: torch.rand(8, generator=state),
+        set_rng_state=lambda given: record("npu", given.double().sum().item()),
+    )
+
+
 if __name__ == "__main__":
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).parent)
     watch()
+    if os.environ.get("SPY_NPU"):
+        pretend_npu()
     runpy.run_path(script, run_name="__main__")

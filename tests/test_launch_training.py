@@ -144,29 +144,3 @@ def test_two_machines_over_loopback(tmp_path: Path, tiny: list[str], dog_dir: Pa
     }
     assert report_of(run)["images_received"] == 8
     assert (run / "train-machine-1.log").exists()
-
-
-@pytest.mark.long
-def test_the_quick_start(tmp_path: Path) -> None:
-    output = tmp_path / "quick start"
-    result = subprocess.run(
-        ["bash", str(PROJECT / "sd3" / "quickstart.sh"), f"--output_dir={output}"],
-        env=environment(), capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert report_of(output / "full")["last_step"] == 20
-    assert report_of(output / "lora")["last_step"] == 12
-    for shown in (line.split("   ")[1] for line in result.stdout.splitlines() if line.startswith(f"   {output}")):
-        assert Path(shown.strip()).exists()
-
-
-
-def test_the_quick_start_removes_nothing_of_others(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("precious")
-    result = subprocess.run(
-        ["bash", str(PROJECT / "sd3" / "quickstart.sh"), f"--output_dir={tmp_path}"], capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert "holds other files" in result.stderr
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
-

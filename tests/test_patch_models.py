@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from patching import train
 
@@ -114,3 +115,21 @@ def test_0015_each_text_encoder_is_saved_and_found_again(
     losses = resumed.scalars("loss")
     assert [step for step, _ in losses] == [1, 2, 3, 4, 3, 4]
     assert [loss for _, loss in losses[4:]] == pytest.approx([loss for _, loss in losses[2:4]], rel=1e-3)
+
+
+@pytest.mark.parametrize("without", ["0019", None])
+def test_0019_upcasting_what_is_saved_leaves_the_model(
+    tmp_path: Path, tiny_model: Path, dog_dir: Path, without: str | None
+) -> None:
+    arguments = ["--max_train_steps=6", "--checkpointing_steps=2", "--upcast_before_saving", "--seed=0"]
+    arguments += ["--validation_prompt=a dog", "--num_validation_images=1", "--validation_epochs=1"]
+    run = train("lora", tmp_path / "out", tiny_model, [f"--instance_data_dir={dog_dir}"], *arguments, without=without)
+    saved = load_file(run.output / "checkpoint-2" / "pytorch_lora_weights.safetensors")
+    assert {str(value.dtype) for value in saved.values()} == {"torch.float32"}
+    if without:
+        assert run.status == 1
+        assert "expected dtype c10::BFloat16" in run.log
+    else:
+        assert run.status == 0, run.log
+        # The first validation follows the checkpoints of the first epoch, before the last step casts the final weights.
+        assert "torch.bfloat16" in run.events("validation")[0][0]["transformer"][0]

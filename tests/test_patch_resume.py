@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from patching import Run, train
 
@@ -101,3 +102,20 @@ def test_0011_every_rank_keeps_its_random_state(
     assert run.status == 0, run.log
     kept = sorted(path.name for path in (run.output / "checkpoint-2").glob("random_states_*.pkl"))
     assert kept == (["random_states_0.pkl"] if without else ["random_states_0.pkl", "random_states_1.pkl"])
+
+
+@pytest.mark.parametrize("without", ["0018", None])
+@pytest.mark.parametrize(("kind", "ranks"), [("full", 1), ("lora", 2)])
+def test_0018_the_random_state_of_an_npu_is_kept(
+    tmp_path: Path, tiny_model: Path, dog_dir: Path, kind: str, ranks: int, without: str | None
+) -> None:
+    common = {"without": without, "ranks": ranks, "environment": {"SPY_NPU": "1"}}
+    data = [f"--instance_data_dir={dog_dir}"]
+    first = train(kind, tmp_path / "out", tiny_model, data, "--max_train_steps=1", "--checkpointing_steps=1", **common)
+    assert first.status == 0, first.log
+    resumed = train(kind, tmp_path / "out", tiny_model, data, "--max_train_steps=2", RESUME, **common)
+    assert resumed.status == 0, resumed.log
+    files = sorted(first.output.glob("checkpoint-1/npu_random_state_*"))
+    assert len(files) == (0 if without else ranks)
+    restored = [resumed.events("npu", rank) for rank in range(ranks)]
+    assert restored == ([[]] * ranks if without else [[torch.load(file).double().sum().item()] for file in files])

@@ -140,12 +140,38 @@ def test_parquet_that_cannot_be_read_and_data_that_is_none(tmp_path: Path, dog_d
     assert "cannot be read as parquet" in only(check_dataset(str(tmp_path), "text"))
 
 
-def test_a_corrupt_image_in_a_parquet_file_is_named_by_its_row(tmp_path: Path) -> None:
+def parquet_of(folder: Path, rows: list[dict]) -> str:
     import pyarrow
     import pyarrow.parquet
 
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
+    return str(folder)
+
+
+def row(content: bytes | None = None, text: str | None = "t") -> dict:
     stream = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, format="PNG")
-    rows = [{"image": {"bytes": content, "path": None}, "text": "t"} for content in (stream.getvalue(), b"broken")]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert "the image of row 1 cannot be read" in only(check_dataset(str(tmp_path), "text"))
+    Image.effect_noise((32, 32), 50).save(stream, format="PNG")
+    return {"image": {"bytes": content or stream.getvalue(), "path": None}, "text": text}
+
+
+CUT_SHORT = row()["image"]["bytes"][:200]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "said"),
+    [
+        (row(b"broken"), "row 99 has an image that cannot be read"),
+        (row(CUT_SHORT), "row 99 has an image that cannot be read"),
+        (row(text=None), "row 99 has no text in the column text"),
+        ({"image": None, "text": "t"}, "row 99 has no image"),
+    ],
+    ids=["broken", "cut short", "no text", "no image"],
+)
+def test_a_row_that_cannot_be_trained_on_is_named_wherever_it_stands(tmp_path: Path, spoiled: dict, said: str) -> None:
+    rows = [*(row() for _ in range(99)), spoiled]
+    assert said in only(check_dataset(parquet_of(tmp_path, rows), "text"))
+
+
+def test_of_very_many_pictures_the_later_ones_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3.common.preflight_data.DECODED", 1)
+    assert "row 0" in only(check_dataset(parquet_of(tmp_path, [row(CUT_SHORT), row(CUT_SHORT)]), "text"))

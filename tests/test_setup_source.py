@@ -216,6 +216,37 @@ def test_a_dirty_checkout_is_refused_by_name_and_reset_by_force(place: Place) ->
     place.assert_right()
 
 
+def newer_queue(place: Place) -> None:
+    """What a pull may bring: the same pin, another patch."""
+    (place.project / "patches" / "0001-fix.patch").write_text(FIX.replace("+new = 1", "+newer = 1"))
+    newer = place.root / "newer.py"
+    newer.write_text("newer = 1\n")
+    pin = place.project / "patches" / "upstream.env"
+    old_id = pin.read_text().split()[-2]
+    pin.write_text(pin.read_text().replace(old_id, git(place.root, "hash-object", str(newer))))
+
+
+def test_a_checkout_of_an_older_queue_is_made_anew(place: Place) -> None:
+    assert place.set_up().returncode == 0
+    newer_queue(place)
+    pulled = place.set_up()
+    assert pulled.returncode == 0, pulled.stderr
+    assert "older queue" in pulled.stdout
+    assert (place.checkout / SCRIPT).read_text() == "newer = 1\n"
+    assert "already holds" in place.set_up().stdout
+
+
+@pytest.mark.parametrize("touched", [SCRIPT, "other.txt", "mine.txt"])
+def test_a_checkout_of_an_older_queue_with_work_in_it_is_refused(place: Place, touched: str) -> None:
+    assert place.set_up().returncode == 0
+    newer_queue(place)
+    (place.checkout / touched).write_text("precious\n")
+    refused = place.set_up()
+    assert refused.returncode == 2
+    assert "--force" in refused.stderr
+    assert (place.checkout / touched).read_text() == "precious\n"
+
+
 def test_a_wrong_commit_is_refused_and_reset_by_force(place: Place) -> None:
     place.set_up()
     git(place.checkout, "commit", "-qam", "another")

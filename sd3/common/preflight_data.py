@@ -1,31 +1,48 @@
-"""Can the training script read the data? Every picture of a folder is opened; of a parquet file the first rows are."""
+"""Can the training script read the data? Every picture is looked at, and the first thousands are decoded."""
 
 from __future__ import annotations
 
 import io
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+Item = TypeVar("Item")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MOST_PIXELS = 100_000_000
-ROWS_LOOKED_AT = 64
+DECODED = 5000  # pictures decoded whole, some minutes' worth of large ones; of the others the header is read
+WORTH_A_BAR = 200
 
 
-def picture_problem(stream: object) -> str | None:
-    """What is wrong with a picture, None if it can be decoded."""
+def picture_problem(stream: object, decode: bool = True) -> str | None:
+    """What is wrong with a picture, None if it can be decoded (without `decode`: if its header can be read)."""
     try:
         with Image.open(stream) as image:  # type: ignore[arg-type]
             if image.width * image.height > MOST_PIXELS:
                 return f"has {image.width}x{image.height} pixels, more than {MOST_PIXELS // 1_000_000} million"
-            image.load()
+            if decode:
+                image.load()
     except Image.DecompressionBombError:
         return f"has more than {MOST_PIXELS // 1_000_000} million pixels"
     except (OSError, ValueError, SyntaxError) as error:
         return f"cannot be read as an image ({type(error).__name__})"
     return None
+
+
+def with_bar(items: Iterable[Item], total: int) -> Iterable[Item]:
+    """The items, with a progress bar where there are many and a terminal shows it."""
+    if total <= WORTH_A_BAR or not sys.stderr.isatty():
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="Looking at the images", total=total)
 
 
 def check_folder(name: str) -> list[str]:
@@ -43,12 +60,11 @@ def check_folder(name: str) -> list[str]:
     problems = []
     if others:
         problems.append(f"--input_dir={name} holds folders ({', '.join(others[:5])}); it must hold images alone.")
-    shown = entries
-    if len(entries) > 200 and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        shown = tqdm(entries, desc="Looking at the images")
-    bad = [f"{entry.name} {why}" for entry in shown if entry.is_file() and (why := picture_problem(entry))]
+    bad = [
+        f"{entry.name} {why}"
+        for number, entry in enumerate(with_bar(entries, len(entries)))
+        if entry.is_file() and (why := picture_problem(entry, decode=number < DECODED))
+    ]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         problems.append(f"--input_dir={name}: {'; '.join(bad[:5])}{more}; mend or remove these files.")
@@ -71,23 +87,48 @@ def check_dataset(name: str, caption_column: str) -> list[str]:
     import pyarrow.parquet
 
     problems: list[str] = []
-    rows = 0
+    parquets: list[tuple[Path, ParquetFile]] = []
     for file in files:
         try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-            rows += parquet.metadata.num_rows
-            columns = parquet.schema_arrow.names
-            for column, option in ((caption_column, "--caption_column"), ("image", "--image_column")):
-                if column and column not in columns:
-                    problems.append(f"{option}={column} is no column of {file}; its columns are {', '.join(columns)}.")
-            if "image" in columns and not problems:
-                batch = next(parquet.iter_batches(ROWS_LOOKED_AT, columns=["image"]), None)
-                for number, cell in enumerate(batch.column(0).to_pylist() if batch else []):
-                    content = cell.get("bytes") if isinstance(cell, dict) else None
-                    if content and (why := picture_problem(io.BytesIO(content))):
-                        problems.append(f"{file}: the image of row {number} {why}; mend or remove the row.")
+            parquets.append((file, pyarrow.parquet.ParquetFile(file)))
         except (OSError, pyarrow.ArrowException) as error:
             problems.append(f"{file} cannot be read as parquet ({type(error).__name__}); download it again.")
+            continue
+        columns = parquets[-1][1].schema_arrow.names
+        for column, option in ((caption_column, "--caption_column"), ("image", "--image_column")):
+            if column and column not in columns:
+                problems.append(f"{option}={column} is no column of {file}; its columns are {', '.join(columns)}.")
+    rows = sum(parquet.metadata.num_rows for _, parquet in parquets)
     if rows == 0 and not problems:
         problems.append(f"--dataset_name={name} holds no rows; give a data set with images.")
-    return problems[:5]
+    if problems:
+        return problems[:5]
+    for number, (file, row, cells) in enumerate(with_bar(_rows(parquets, caption_column), rows)):
+        if why := _row_problem(cells, caption_column, decode=number < DECODED):
+            problems.append(f"{file}: row {row} {why}; mend or remove the row.")
+            if len(problems) == 5:
+                break
+    return problems
+
+
+def _rows(parquets: list[tuple[Path, ParquetFile]], caption_column: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """File, number in the file, and cells of each row, a few at a time in memory."""
+    columns = ["image", caption_column] if caption_column else ["image"]
+    for file, parquet in parquets:
+        row = 0
+        for batch in parquet.iter_batches(16, columns=columns):
+            for cells in batch.to_pylist():
+                yield file, row, cells
+                row += 1
+
+
+def _row_problem(cells: dict[str, Any], caption_column: str, decode: bool) -> str | None:
+    """What is wrong with one row; a picture that is a path and not bytes is the data set's own business."""
+    image = cells["image"]
+    if image is None:
+        return "has no image"
+    if caption_column and not isinstance(cells[caption_column], str | list):
+        return f"has no text in the column {caption_column}"
+    content = image.get("bytes") if isinstance(image, dict) else None
+    why = picture_problem(io.BytesIO(content), decode) if content else None
+    return why and f"has an image that {why}"

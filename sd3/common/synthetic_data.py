@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sd3.common.files import new_directory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -128,25 +127,8 @@ def _make(
         raise ValueError(f"--images is {images}, expected at least 1; ask for one picture or more.")
     if not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"--size is {size}, expected {SIZES[0]} to {SIZES[1]} pixels; choose one in that range.")
-    output = Path(os.path.abspath(output))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"--output {output} exists and is not an empty directory; name a new one.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise OSError(f"--output {output} cannot be made: {error.strerror}; name another directory.") from None
-    try:
+    with new_directory(output, "--output") as aside:
         write(aside, images, size, random.Random(seed))
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        os.chmod(aside, 0o755)
-        os.replace(aside, output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def make_dog(output: Path, images: int = 5, size: int = 96, seed: int = 0) -> None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import string
 import sys
-import tempfile
 from pathlib import Path
+
+from sd3.common.files import new_directory
 
 CLIP_WIDTHS = (32, 48)  # unlike each other, and unlike SD3's 768 and 1280: nothing may tell the encoders by width
 T5_WIDTH = 96  # at least the sum of the CLIP widths, which are padded to it
@@ -117,18 +116,8 @@ def make_tiny_sd3(output: Path, seed: int = 0) -> None:
     Raises:
         FileExistsError: `output` exists and is not an empty directory.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"--output {output} exists and is not an empty directory; name a new one.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with new_directory(output, "--output") as aside:
         _write_parts(aside, seed)
-        os.chmod(aside, 0o755)
-        os.replace(aside, output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def main(arguments: list[str] | None = None) -> int:

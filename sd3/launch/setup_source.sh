@@ -5,6 +5,7 @@
 # shellcheck source=patches/lib.sh
 . "$PROJECT_DIR/patches/lib.sh"
 CHECKOUT="$PROJECT_DIR/build/diffusers"
+MADE_BY=sd3-queue  # in the checkout's .git: the ids of the queue that it was patched by
 
 other_sources() {
   printf '%s' "Give the source another way: --diffusers-src=URL of a mirror, --diffusers-src=DIR of a local clone or" \
@@ -73,6 +74,13 @@ from_git() {
   queue_git -C "$into" checkout -q --detach FETCH_HEAD
 }
 
+# made_by_older_queue: the checkout is, byte for byte, what set-up once made of another pin or another queue.
+made_by_older_queue() (
+  exec 2>/dev/null
+  { read -r UPSTREAM_TREE && UPSTREAM_FILES="$(cat)"; } <"$CHECKOUT/.git/$MADE_BY" || exit 1
+  queue_source_ok "$CHECKOUT" && [ -z "$(queue_git -C "$CHECKOUT" ls-files --others --exclude-standard)" ]
+)
+
 # get_source [SOURCE]: make build/diffusers right, or say why not.
 get_source() {
   local source="${1:-$UPSTREAM_URL}" aside found wrong
@@ -82,6 +90,8 @@ get_source() {
   if [ -e "$CHECKOUT" ] && wrong="$(queue_source_ok "$CHECKOUT" 2>&1)"; then
     echo "build/diffusers already holds the pinned commit with the queue applied."
     return 0
+  elif [ -e "$CHECKOUT" ] && made_by_older_queue; then
+    echo "build/diffusers was patched by an older queue and is otherwise untouched: making it anew."
   elif [ -e "$CHECKOUT" ] && [ "$FORCE" -eq 0 ]; then
     found="$(queue_git -C "$CHECKOUT" status --porcelain 2>/dev/null | head -n 5 || true)"
     die "build/diffusers is not what set-up makes: ${wrong//$'\n'/ } ${found:+Changed: ${found//$'\n'/; }. }Keep what you need of it and run again with --force to replace it." 2
@@ -96,6 +106,7 @@ get_source() {
   queue_verify "$aside" before || die "$source does not hold the pinned files; it was not used." 2
   queue_apply "$aside" || die "the patch queue does not apply; the project's patches/ were changed." 2
   queue_source_ok "$aside" || die "the patched files are not as patches/upstream.env says." 2
+  printf '%s\n%s\n' "$UPSTREAM_TREE" "$UPSTREAM_FILES" >"$aside/.git/$MADE_BY"
   if [ -e "$CHECKOUT" ]; then
     mv "$CHECKOUT" "$(dirname "$aside")/replaced"
   fi
