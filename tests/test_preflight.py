@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from sd3.common import preflight
+from sd3.common.model_files import check_model
+from sd3.common.preflight import checkpoint_bytes
 from sd3.common.preflight_data import check_dataset, check_folder
-from sd3.common.preflight_model import check_model, checkpoint_bytes
 
 
 @pytest.fixture

@@ -13,13 +13,31 @@ import socket
 import sys
 from pathlib import Path
 
+from sd3.common.model_files import check_model, safetensors_parameters, weight_files
 from sd3.common.preflight_data import check_dataset, check_folder
-from sd3.common.preflight_model import check_model, checkpoint_bytes
 
 
 def existing_parent(path: Path) -> Path:
     """The nearest directory at or above path that is there."""
     return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def checkpoint_bytes(name: str, lora: bool) -> int:
+    """Estimate of the disk space that one checkpoint and the final model take; 0 for a hub name.
+
+    A full checkpoint holds the transformer and AdamW's two moments in fp32 (12 bytes a parameter); the final pipeline
+    is about as large as the model directory. A LoRA takes little; 1 GiB is on the safe side.
+    """
+    root = Path(name)
+    if not root.is_dir():
+        return 0
+    if lora:
+        return 2**30 if any(root.glob("transformer/*-of-*")) else 2**28
+    files, _ = weight_files(root / "transformer")
+    parameters = sum(
+        safetensors_parameters(file) if file.suffix == ".safetensors" else file.stat().st_size // 4 for file in files
+    )
+    return 12 * parameters + sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
 
 
 def check_output(settings: dict[str, str]) -> list[str]:

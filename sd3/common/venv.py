@@ -26,6 +26,8 @@ def project_python() -> Path | None:
 def ensure(packages: Sequence[str]) -> None:
     """Return if all packages can be found; else run this script again in the project's venv, or exit with status 3."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if sys.version_info < (3, 10):  # noqa: UP036  # this very check is for older ones
+        missing.insert(0, "Python 3.10 or later")
     if not missing:
         return
     python = project_python()
@@ -40,4 +42,6 @@ def ensure(packages: Sequence[str]) -> None:
         raise SystemExit(3)
     print(f"{sys.executable} lacks {', '.join(missing)}: going on with {python}.", file=sys.stderr, flush=True)
     os.environ[_GUARD] = str(PROJECT)
-    os.execv(python, [str(python), *sys.orig_argv[1:]])
+    # What Python 3.10 and later keep of the command line holds the interpreter's own options too.
+    arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
+    os.execv(python, [str(python), *arguments])

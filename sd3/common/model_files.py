@@ -1,0 +1,136 @@
+"""The files of an SD3 pipeline directory: which there must be, what their headers say, and a hash of them.
+
+Reads headers and samples; loads nothing. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
+SAMPLES = 8  # blocks of a weight file that its hash reads
+SAMPLE_BYTES = 1 << 20
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a safetensors file: `dtype`, `shape` and `data_offsets` of each tensor by its name.
+
+    Raises:
+        ValueError: the file is cut short, or is no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        if len(first) < 8 or (length := struct.unpack("<Q", first)[0]) > min(size, 100_000_000):
+            raise ValueError("has no safetensors header")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError("has no safetensors header") from error
+    header.pop("__metadata__", None)
+    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
+        raise ValueError("is cut short")
+    return header
+
+
+def safetensors_parameters(file: Path) -> int:
+    """Number of parameters in a safetensors file, from its header; raises as `safetensors_header` does."""
+    entries = safetensors_header(file).values()
+    return sum((e["data_offsets"][1] - e["data_offsets"][0]) // DTYPE_BYTES.get(e["dtype"], 4) for e in entries)
+
+
+def weight_files(part: Path) -> tuple[list[Path], list[str]]:
+    """Weight files of a part, and what is missing of them."""
+    for index in sorted(part.glob("*.index*.json")):
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [f"{part.name}/{shard}" for shard in shards if not (part / shard).is_file()]:
+            return [], missing
+        return [part / shard for shard in shards], []
+    files = sorted(part.glob("*.safetensors")) or sorted(part.glob("*.bin"))
+    return files, [] if files else [f"{part.name}/*.safetensors"]
+
+
+def tensor_shapes(part: Path) -> dict[str, tuple[int, ...]] | None:
+    """Shape of each tensor of a part, from the headers; None where its weights are not safetensors."""
+    files, _ = weight_files(part)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return None
+    return {name: tuple(entry["shape"]) for file in files for name, entry in safetensors_header(file).items()}
+
+
+def check_model(name: str, option: str = "--model_name") -> list[str]:
+    """Problems with the model an option names, one sentence each; none for a hub name, which cannot be looked into."""
+    root = Path(name)
+    if not root.exists():
+        if HUB_NAME.fullmatch(name) and not name.startswith("."):
+            return []
+        return [
+            f"{option}={name} is no directory and no hub name such as stabilityai/stable-diffusion-3.5-large; "
+            "give the directory the model was downloaded to."
+        ]
+    if not root.is_dir():
+        return [f"{option}={name} is a file; give the directory with model_index.json in it."]
+    missing = [] if (root / "model_index.json").is_file() else ["model_index.json"]
+    broken = []
+    for part in (*MODELS, "scheduler"):
+        config = "scheduler_config.json" if part == "scheduler" else "config.json"
+        if not (root / part / config).is_file():
+            missing.append(f"{part}/{config}")
+        elif part != "scheduler":
+            files, absent = weight_files(root / part)
+            missing += absent
+            for file in files:
+                try:
+                    if file.suffix == ".safetensors":
+                        safetensors_parameters(file)
+                except ValueError as error:
+                    broken.append(f"{part}/{file.name} {error}")
+    for part in TOKENIZERS:
+        if not (root / part / "tokenizer_config.json").is_file():
+            missing.append(f"{part}/tokenizer_config.json")
+    problems = []
+    if missing:
+        problems.append(f"{option}={name} is incomplete: {', '.join(missing)} missing; download the model again.")
+    if broken:
+        problems.append(f"{option}={name} is damaged: {'; '.join(broken)}; download these files again.")
+    return problems
+
+
+def content_hash(parts: Iterable[Path]) -> str:
+    """A hash of what the folders hold, in hexadecimal, under the names of the folders.
+
+    Small files count whole. Of a weight file count its length, its first bytes with the names and shapes, and blocks
+    spread evenly over it: reading 30 GB for each picture would take longer than painting it, and training changes
+    all weights.
+    """
+    digest = hashlib.sha256()
+    for folder in sorted(parts, key=lambda path: path.name):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = file.stat().st_size
+            digest.update(f"{folder.name}/{file.relative_to(folder).as_posix()} {size}\n".encode())
+            with file.open("rb") as stream:
+                if size <= SAMPLES * SAMPLE_BYTES:
+                    digest.update(stream.read())
+                    continue
+                for number in range(SAMPLES):
+                    stream.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a whole file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(SAMPLE_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

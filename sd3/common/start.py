@@ -1,0 +1,42 @@
+"""What every Python script of the project does first: get an interpreter that has the packages, and CANN on an NPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from sd3.common import venv
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "tqdm")
+NPU_DEVICE = "/dev/davinci0"
+
+
+def start(packages: Sequence[str] = PACKAGES) -> None:
+    """Return in an interpreter that can run the script; else run it again in the project's, or exit with status 3."""
+    venv.ensure(packages)
+    if _wants_npu() and not _npu_loads():
+        # The launchers' own search, so that there is one list of usual places.
+        search = ["bash", "-c", '. "$1"; cann_set_env', "bash", str(venv.PROJECT / "sd3" / "launch" / "cann.sh")]
+        found = subprocess.run(search, capture_output=True, text=True)
+        place = found.stdout.strip()
+        print(
+            f"CANN's environment is not loaded; run: source {place}" if place else found.stderr.strip(), file=sys.stderr
+        )
+        raise SystemExit(3)
+
+
+def _wants_npu() -> bool:
+    """Is an NPU asked for, or there and not turned down?"""
+    given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--device=")]
+    given += [value for option, value in zip(sys.argv, sys.argv[1:], strict=False) if option == "--device"]
+    return given[-1] == "npu" if given and given[-1] != "auto" else os.path.exists(NPU_DEVICE)
+
+
+def _npu_loads() -> bool:
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, OSError):  # what a missing library of CANN raises
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Pictures from a model and prompts: what the four inference scripts share."""

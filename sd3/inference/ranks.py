@@ -1,0 +1,64 @@
+"""The processes that paint together, as `accelerate launch` starts them; one alone needs none of this."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+from sd3.common import devices
+from sd3.inference.errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the launch: `index` of `count`, and the device that is its own."""
+
+    def __init__(self, requested_device: str) -> None:
+        """Find the device.
+
+        Raises:
+            UserError: it is not there, or there are more processes on this machine than devices.
+        """
+        self.index = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        try:
+            self.device = devices.detect(requested_device)
+        except devices.DeviceError as error:
+            raise UserError(str(error)) from None
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.count)))
+        there = devices.count(self.device)
+        if self.device != "cpu" and here > there:
+            raise UserError(
+                f"--num_processes={here} is more than the {there} visible {self.device} devices; use at most {there}."
+            )
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        self.torch_device = self.device if self.device == "cpu" else f"{self.device}:{own}"
+        self._state = None
+        if self.count > 1:
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=self.device == "cpu")
+
+    @property
+    def first(self) -> bool:
+        """Is this the process that plans, talks and writes the index?"""
+        return self.index == 0
+
+    def share(self, value: T | None) -> T:
+        """The value that the first process gives."""
+        if self._state is None:
+            return value  # type: ignore[return-value]
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def own_part(self, items: list[T]) -> list[T]:
+        """This process's share: as many in a row as anybody's, so that it meets few prompts."""
+        start, end = (len(items) * rank // self.count for rank in (self.index, self.index + 1))
+        return items[start:end]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()

@@ -1,0 +1,172 @@
+"""From what the user named to the folders that hold the weights: a pipeline directory, a hub name, a run, a checkpoint.
+
+Everything that can be refused by looking at files is refused here, before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd3.common.model_files import (
+    HUB_NAME,
+    MODELS,
+    TOKENIZERS,
+    check_model,
+    content_hash,
+    file_hash,
+    safetensors_header,
+    tensor_shapes,
+)
+from sd3.inference.errors import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+GIVE_LORA = "give a LoRA file, or the run directory or a checkpoint of a LoRA fine-tune"
+OTHER_MODEL = "was trained for another model"
+RUN_SETTINGS = "run_settings.json"
+# The two spellings of a LoRA pair, W' = W + B A: A projects down to the rank, B up again.
+LORA_SUFFIXES = {".lora_A.weight": "A", ".lora.down.weight": "A", ".lora_B.weight": "B", ".lora.up.weight": "B"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a pipeline lie (`parts`: folder of each by its name), and the LoRA file if there is one."""
+
+    name: str
+    parts: dict[str, Path]
+    lora: Path | None = None
+
+    def model_hash(self) -> str:
+        """Hash of all parts, see sd3.common.model_files.content_hash."""
+        return content_hash(self.parts.values())
+
+    def lora_hash(self) -> str:
+        """SHA-256 of the LoRA file; empty without one."""
+        return file_hash(self.lora) if self.lora else ""
+
+
+def find_sources(model: str, lora: str = "", local_files_only: bool = False) -> Sources:
+    """Resolve --model and --lora.
+
+    `model` may be a pipeline directory (downloaded, or the output of a full fine-tune), a hub name, the run directory
+    of any launcher, or a checkpoint of a full fine-tune; `lora` a file, a run directory or a checkpoint of a LoRA
+    fine-tune. The run of a LoRA fine-tune, given as `model`, stands for its base model with that LoRA.
+
+    Raises:
+        UserError: something is missing, incomplete, damaged, or made for another model.
+    """
+    root = Path(model)
+    if not root.exists():
+        if HUB_NAME.fullmatch(model) and not model.startswith("."):
+            return _with_lora(model, _parts_of(_from_hub(model, local_files_only)), lora)
+        raise UserError(
+            f"--model={model} is no directory and no hub name such as stabilityai/stable-diffusion-3.5-large; "
+            "give the directory of a model or of a run."
+        )
+    if root.is_dir() and not (root / "model_index.json").is_file() and (settings := _run_settings(root)):
+        base = _base_of_run(root, settings, local_files_only)
+        trained = {part: root / part for part in MODELS if (root / part / "config.json").is_file()}
+        if trained:
+            return _with_lora(model, {**base.parts, **trained}, lora)
+        if (root / LORA_FILE).is_file():
+            return _with_lora(model, base.parts, lora or str(root))
+        made = sorted(root.glob("checkpoint-*/complete"), key=lambda path: int(path.parent.name.split("-")[1]))
+        advice = f"use --model={made[-1].parent}" if made else "let the run finish, or resume it"
+        raise UserError(f"--model={model} is a run that has not written its final model; {advice}.")
+    if problems := check_model(model, "--model"):
+        raise UserError(problems[0])
+    return _with_lora(model, _parts_of(root), lora)
+
+
+def _parts_of(root: Path) -> dict[str, Path]:
+    return {part: root / part for part in (*MODELS, *TOKENIZERS, "scheduler")}
+
+
+def _run_settings(root: Path) -> dict[str, str] | None:
+    """Settings of the launcher's run that `root` is, or is a checkpoint of."""
+    for folder in (root, root.parent) if root.name.startswith("checkpoint-") else (root,):
+        try:
+            return json.loads((folder / RUN_SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _base_of_run(root: Path, settings: dict[str, str], local_files_only: bool) -> Sources:
+    base = str(settings.get("model_name", ""))
+    if Path(base).resolve() == root.resolve():
+        raise UserError(f"--model={root} names itself as its base model; name the base model.")
+    try:
+        return find_sources(base, "", local_files_only)
+    except UserError as error:
+        raise UserError(f"--model={root} was trained from {base}, which cannot be used: {error}") from None
+
+
+def _from_hub(name: str, local_files_only: bool) -> Path:
+    """The folder of a hub model in the local cache, downloaded if that is allowed and needed."""
+    from diffusers import StableDiffusion3Pipeline
+
+    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    try:
+        return Path(StableDiffusion3Pipeline.download(name, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        why = "it is not in the local cache" if offline else str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model={name} cannot be had from the hub ({why}); log in with 'huggingface-cli login' if it is gated, "
+            "or give the directory it was downloaded to."
+        ) from None
+
+
+def _with_lora(name: str, parts: dict[str, Path], lora: str) -> Sources:
+    if not lora:
+        return Sources(name, parts)
+    file = Path(lora)
+    if file.is_dir():
+        if not (file / LORA_FILE).is_file():
+            raise UserError(f"--lora={lora} holds no {LORA_FILE}; {GIVE_LORA}.")
+        file = file / LORA_FILE
+    elif not file.is_file():
+        raise UserError(f"--lora={lora} does not exist; {GIVE_LORA}.")
+    _check_lora(lora, file, parts)
+    return Sources(name, parts, file)
+
+
+def _check_lora(given: str, file: Path, parts: dict[str, Path]) -> None:
+    """Every tensor of a LoRA must meet a weight of the model, in both of its dimensions."""
+    try:
+        entries = safetensors_header(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--lora={given} {error}; give the .safetensors file of a LoRA.") from None
+    if not entries:
+        raise UserError(f"--lora={given} holds no weights; give a LoRA that was trained.")
+    shapes = {part: tensor_shapes(parts[part]) for part in ("transformer", "text_encoder", "text_encoder_2")}
+    ranks: dict[str, set[int]] = {}
+    for key, entry in entries.items():
+        part, _, rest = key.partition(".")
+        suffix = next((suffix for suffix in LORA_SUFFIXES if rest.endswith(suffix)), None)
+        if part not in shapes or suffix is None:
+            raise UserError(
+                f"--lora={given} is no LoRA of SD3 in diffusers' format (it holds {key}); give a file that a LoRA "
+                "launcher wrote."
+            )
+        known = shapes[part]
+        if known is None:
+            continue  # weights without readable headers: the loader will compare
+        module = rest.removesuffix(suffix)
+        weight = known.get(f"{module}.weight")
+        if weight is None:
+            raise UserError(
+                f"--lora={given} {OTHER_MODEL}: {part} has no {module}; give the model it was trained on."
+            )
+        shape, side = entry["shape"], LORA_SUFFIXES[suffix]
+        width = weight[1] if side == "A" else weight[0]
+        if len(shape) != 2 or shape[1 if side == "A" else 0] != width:
+            raise UserError(
+                f"--lora={given} {OTHER_MODEL}: {key} is {'x'.join(map(str, shape))}, and the weight "
+                f"it belongs to is {'x'.join(map(str, weight))}; give the model it was trained on."
+            )
+        ranks.setdefault(f"{part}.{module}", set()).add(shape[0 if side == "A" else 1])
+    if wrong := next((module for module, found in ranks.items() if len(found) != 1), None):
+        raise UserError(f"--lora={given} is damaged: the two halves of {wrong} differ in rank; train or copy it again.")

@@ -1,0 +1,81 @@
+"""Loads single parts of a pipeline, with the LoRA's share of each, and lets go of them again."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from sd3.inference.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sd3.inference.sources import Sources
+
+ENCODERS = {
+    "text_encoder": ("tokenizer", CLIPTextModelWithProjection, CLIPTokenizer),
+    "text_encoder_2": ("tokenizer_2", CLIPTextModelWithProjection, CLIPTokenizer),
+    "text_encoder_3": ("tokenizer_3", T5EncoderModel, T5TokenizerFast),
+}
+
+
+class Weights:
+    """The parts of `sources` in `dtype`, each loaded when it is asked for."""
+
+    def __init__(self, sources: Sources, dtype: torch.dtype, lora_scale: float) -> None:
+        """Read the LoRA, if there is one, and nothing else yet."""
+        self.sources = sources
+        self.dtype = dtype
+        self.lora_scale = lora_scale
+        self._lora = load_file(sources.lora) if sources.lora else {}
+
+    def text_encoder(self, part: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """Tokenizer and encoder of `part`, a key of ENCODERS, in host memory."""
+        tokenizer_part, encoder_class, tokenizer_class = ENCODERS[part]
+        tokenizer = tokenizer_class.from_pretrained(self.sources.parts[tokenizer_part])
+        encoder = self._load(encoder_class, part)
+        if lora := self._lora_of(part):
+            StableDiffusion3Pipeline.load_lora_into_text_encoder(
+                lora, network_alphas=None, text_encoder=encoder, prefix=part, lora_scale=self.lora_scale
+            )
+        return tokenizer, encoder.requires_grad_(False).eval()
+
+    def transformer(self) -> SD3Transformer2DModel:
+        """The transformer in host memory."""
+        transformer = self._load(SD3Transformer2DModel, "transformer")
+        if lora := self._lora_of("transformer"):
+            transformer.load_lora_adapter(lora, prefix="transformer", adapter_name="lora")
+            transformer.set_adapters("lora", weights=self.lora_scale)
+        return transformer.requires_grad_(False).eval()
+
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder in host memory."""
+        return self._load(AutoencoderKL, "vae").requires_grad_(False).eval()
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler, with the model's own settings."""
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.sources.parts["scheduler"])
+
+    def _lora_of(self, part: str) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in self._lora.items() if key.startswith(f"{part}.")}
+
+    def _load(self, kind: Any, part: str) -> Any:  # noqa: ANN401  # the class given is the class returned
+        folder = self.sources.parts[part]
+        try:
+            return kind.from_pretrained(folder, torch_dtype=self.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            name = self.sources.name
+            raise UserError(f"--model={name}: {folder} cannot be loaded ({reason}); get it again.") from None
+
+
+def release(device: str) -> None:
+    """Give back device memory of tensors that nothing refers to any more."""
+    gc.collect()
+    if device != "cpu":
+        getattr(torch, device).empty_cache()
