@@ -60,6 +60,9 @@ fi
 bin="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 export PATH="$bin:$PATH"
 
+# Tiny models gain nothing from threads, and threads that wait for each other on busy cores cost minutes.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 echo "== ruff"
 ruff_status=0
 "$PYTHON" -m ruff check . || ruff_status=$?
