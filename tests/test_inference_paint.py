@@ -20,7 +20,7 @@ from sd3.inference.weights import Weights
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red dog", "a blue cat", "one green bird on a branch"]
-# Pixels are 8 bit. Batched matrix products round otherwise than single ones, and now and then a value falls over an edge.
+# Batched matrix products round otherwise than single ones, and now and then a value of 8 bits falls over an edge.
 ONE_LEVEL = 1
 
 

@@ -104,9 +104,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def pictures_in(folder: Path) -> list[tuple[Path, Recipe]]:
-    """The PNG files of a folder that carry a recipe, by name; others are passed over."""
+    """The PNG files of a folder that carry a recipe, by name; others, and what a killed run left, are passed over."""
     found = []
-    for path in sorted(folder.glob("*.png")):
+    for path in sorted(folder.glob("[!.]*.png")):
         try:
             found.append((path, read_recipe(path)))
         except PictureError:
