@@ -4,7 +4,8 @@
 
 SPY_DIR names a folder; rank N appends JSON lines to spy-N.jsonl there, each [event, value]:
     noise       sum of the noise drawn for a batch of latents
-    prompts     the prompts given to the first CLIP tokenizer
+    prompts     the prompts given to a CLIP tokenizer
+    t5          the prompts given to the T5 tokenizer
     latents     per image, sum of the latent distribution's mean, when latents are sampled
     validation  dtypes and checksums of transformer and VAE before and after a pipeline paints, and the noise's seed
     removed     name of a directory tree removed
@@ -56,7 +57,7 @@ def fingerprint(pipeline) -> dict[str, list]:
 def watch() -> None:
     from diffusers import StableDiffusion3Pipeline
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, T5TokenizerFast
 
     original_randn_like = torch.randn_like
 
@@ -68,11 +69,15 @@ def watch() -> None:
 
     torch.randn_like = randn_like
 
-    def prompts(args, kwargs):
-        if isinstance(args[1] if len(args) > 1 else None, list):
-            record("prompts", list(args[1]))
+    def prompts(event):
+        def note(args, kwargs):
+            if isinstance(args[1] if len(args) > 1 else None, list):
+                record(event, list(args[1]))
 
-    before(CLIPTokenizer, "__call__", prompts)
+        return note
+
+    before(CLIPTokenizer, "__call__", prompts("prompts"))
+    before(T5TokenizerFast, "__call__", prompts("t5"))
     before(
         DiagonalGaussianDistribution,
         "sample",
