@@ -4,7 +4,7 @@ It has every part of the published model (transformer, VAE, two CLIP text encode
 tokenizers, scheduler) in the published layout, so whatever loads SD3 loads it. It paints noise: it proves that code
 runs, not that it learns.
 
-    python -m sd3.common.tiny_sd3 --output DIR [--seed 0]
+    python -m sd3.common.tiny_sd3 --output DIR [--size tiny|proportional] [--seed 0]
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 from sd3.common.files import new_directory
+from sd3.common.model_sizes import SIZES, ModelSize
 
-CLIP_WIDTHS = (32, 48)  # unlike each other, and unlike SD3's 768 and 1280: nothing may tell the encoders by width
-T5_WIDTH = 96  # at least the sum of the CLIP widths, which are padded to it
-LATENT_CHANNELS = 16
+MADE = ("tiny", "proportional")  # sizes that a CPU makes and runs in seconds
 
 
 def _clip_tokenizer(folder: Path) -> None:
@@ -57,10 +56,11 @@ def _t5_tokenizer(folder: Path) -> int:
     return len(pieces)
 
 
-def _write_parts(folder: Path, seed: int) -> None:
+def _write_parts(folder: Path, seed: int, size: ModelSize) -> None:
     import torch
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from sd3.common import model_parts
 
     for name in ("tokenizer", "tokenizer_2"):
         _clip_tokenizer(folder / name)
@@ -69,31 +69,11 @@ def _write_parts(folder: Path, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, width in zip(("text_encoder", "text_encoder_2"), CLIP_WIDTHS, strict=True):
-            CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    vocab_size=clip_vocabulary, hidden_size=width, projection_dim=width, intermediate_size=2 * width,
-                    num_hidden_layers=2, num_attention_heads=4, bos_token_id=clip_vocabulary - 2,
-                    eos_token_id=clip_vocabulary - 1, pad_token_id=clip_vocabulary - 1,
-                )
-            ).save_pretrained(folder / name)
-        T5EncoderModel(
-            T5Config(
-                vocab_size=t5_vocabulary, d_model=T5_WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-            )
-        ).save_pretrained(folder / "text_encoder_3")
-        AutoencoderKL(
-            in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[8, 8, 16, 16], layers_per_block=1,
-            latent_channels=LATENT_CHANNELS, norm_num_groups=4, sample_size=64, scaling_factor=1.5305,
-            shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
-        ).save_pretrained(folder / "vae")
-        SD3Transformer2DModel(
-            sample_size=16, patch_size=2, in_channels=LATENT_CHANNELS, num_layers=2, attention_head_dim=16,
-            num_attention_heads=4, joint_attention_dim=T5_WIDTH, caption_projection_dim=64,
-            pooled_projection_dim=sum(CLIP_WIDTHS), out_channels=LATENT_CHANNELS, pos_embed_max_size=24,
-        ).save_pretrained(folder / "transformer")
+        for name, clip in zip(("text_encoder", "text_encoder_2"), size.clips, strict=True):
+            model_parts.make_clip(clip, clip_vocabulary).save_pretrained(folder / name)
+        model_parts.make_t5(size, t5_vocabulary).save_pretrained(folder / "text_encoder_3")
+        model_parts.make_vae(size).save_pretrained(folder / "vae")
+        model_parts.make_transformer(size).save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -110,24 +90,25 @@ def _write_parts(folder: Path, seed: int) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def make_tiny_sd3(output: Path, seed: int = 0) -> None:
-    """Write the pipeline directory `output`; the same seed gives the same files.
+def make_tiny_sd3(output: Path, seed: int = 0, size: str = "tiny") -> None:
+    """Write the pipeline directory `output`, of a size in MADE; the same seed gives the same files.
 
     Raises:
         FileExistsError: `output` exists and is not an empty directory.
     """
     with new_directory(output, "--output") as aside:
-        _write_parts(aside, seed)
+        _write_parts(aside, seed, SIZES[size])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Make a tiny SD3 pipeline directory with random weights.")
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument("--size", choices=MADE, default="tiny", help="see sd3/common/model_sizes.py (default tiny)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default 0)")
     options = parser.parse_args(arguments)
     try:
-        make_tiny_sd3(options.output, options.seed)
+        make_tiny_sd3(options.output, options.seed, options.size)
     except OSError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,0 +1,80 @@
+"""The dimensions of SD3 medium, and of small models that stand in for it where it cannot be had or is too slow.
+
+`tiny` proves that code runs. `proportional` costs what SD3 medium at 1024x1024 costs, divided by 2000, when it paints
+256x256 pixels: transformer, VAE and text encoders keep their share of the arithmetic and of the memory, so that what is
+saved on it would be saved on SD3 medium. tests/test_flops.py holds it to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LATENT_CHANNELS = 16
+PATCH = 2
+VAE_STRIDE = 8
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP text encoder with projection; `projection` is as wide as its pooled output."""
+
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+    projection: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Dimensions of all parts. `t5_rows` are the rows of T5's embedding, 0 for as many as its tokenizer has tokens."""
+
+    clips: tuple[Clip, Clip]
+    t5_width: int
+    t5_feed_forward: int
+    t5_layers: int
+    t5_heads: int
+    t5_head_width: int
+    t5_rows: int
+    vae_channels: tuple[int, int, int, int]
+    vae_layers: int
+    vae_groups: int
+    layers: int
+    heads: int
+    head_width: int
+    sample_size: int
+    positions: int
+
+    @property
+    def transformer_width(self) -> int:
+        """Width of the transformer's hidden states."""
+        return self.heads * self.head_width
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled prompt embeds: both projections side by side."""
+        return sum(clip.projection for clip in self.clips)
+
+
+SIZES = {
+    # The CLIP widths are unlike each other, and unlike SD3's: nothing may tell the encoders by their width.
+    "tiny": ModelSize(
+        clips=(Clip(32, 2, 4, 64, 32), Clip(48, 2, 4, 96, 48)),
+        t5_width=96, t5_feed_forward=128, t5_layers=2, t5_heads=4, t5_head_width=16, t5_rows=0,
+        vae_channels=(8, 8, 16, 16), vae_layers=1, vae_groups=4,
+        layers=2, heads=4, head_width=16, sample_size=16, positions=24,
+    ),
+    "proportional": ModelSize(
+        clips=(Clip(64, 1, 4, 256, 64), Clip(96, 3, 4, 256, 96)),
+        t5_width=192, t5_feed_forward=256, t5_layers=6, t5_heads=4, t5_head_width=48, t5_rows=86_000,
+        vae_channels=(12, 24, 44, 44), vae_layers=2, vae_groups=4,
+        layers=6, heads=4, head_width=48, sample_size=32, positions=48,
+    ),
+    "sd3-medium": ModelSize(
+        clips=(Clip(768, 12, 12, 3072, 768), Clip(1280, 32, 20, 5120, 1280)),
+        t5_width=4096, t5_feed_forward=10240, t5_layers=24, t5_heads=64, t5_head_width=64, t5_rows=32_128,
+        vae_channels=(128, 256, 512, 512), vae_layers=2, vae_groups=32,
+        layers=24, heads=24, head_width=64, sample_size=128, positions=192,
+    ),
+}  # fmt: skip
