@@ -56,7 +56,7 @@ def _t5_tokenizer(folder: Path) -> int:
     return len(pieces)
 
 
-def _write_parts(folder: Path, seed: int, size: ModelSize) -> None:
+def _write_parts(folder: Path, seed: int, size: ModelSize, half: bool) -> None:
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -69,11 +69,15 @@ def _write_parts(folder: Path, seed: int, size: ModelSize) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, clip in zip(("text_encoder", "text_encoder_2"), size.clips, strict=True):
-            model_parts.make_clip(clip, clip_vocabulary).save_pretrained(folder / name)
-        model_parts.make_t5(size, t5_vocabulary).save_pretrained(folder / "text_encoder_3")
-        model_parts.make_vae(size).save_pretrained(folder / "vae")
-        model_parts.make_transformer(size).save_pretrained(folder / "transformer")
+        parts = {
+            "text_encoder": model_parts.make_clip(size.clips[0], clip_vocabulary),
+            "text_encoder_2": model_parts.make_clip(size.clips[1], clip_vocabulary),
+            "text_encoder_3": model_parts.make_t5(size, t5_vocabulary),
+            "vae": model_parts.make_vae(size),
+            "transformer": model_parts.make_transformer(size),
+        }
+    for name, part in parts.items():
+        (part.half() if half else part).save_pretrained(folder / name)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -90,14 +94,16 @@ def _write_parts(folder: Path, seed: int, size: ModelSize) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def make_tiny_sd3(output: Path, seed: int = 0, size: str = "tiny") -> None:
+def make_tiny_sd3(output: Path, seed: int = 0, size: str = "tiny", half: bool = False) -> None:
     """Write the pipeline directory `output`, of a size in MADE; the same seed gives the same files.
+
+    `half`: in float16, as the published weights are, else in float32.
 
     Raises:
         FileExistsError: `output` exists and is not an empty directory.
     """
     with new_directory(output, "--output") as aside:
-        _write_parts(aside, seed, SIZES[size])
+        _write_parts(aside, seed, SIZES[size], half)
 
 
 def main(arguments: list[str] | None = None) -> int:

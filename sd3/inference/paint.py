@@ -42,8 +42,7 @@ def encode_prompts(weights: Weights, texts: Iterable[str], device: torch.device)
     hidden: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
     pooled: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
     for part in ENCODERS:
-        tokenizer, encoder = weights.text_encoder(part)
-        encoder.to(device)
+        tokenizer, encoder = weights.text_encoder(part, device)
         is_t5 = part == "text_encoder_3"
         length = T5_TOKENS if is_t5 else tokenizer.model_max_length
         for text in texts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +33,12 @@ class Weights:
         self.sources = sources
         self.dtype = dtype
         self.lora_scale = lora_scale
+        self.encoder_seconds = 0.0  # spent on bringing text encoders from the disk to the device
         self._lora = load_file(sources.lora) if sources.lora else {}
 
-    def text_encoder(self, part: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-        """Tokenizer and encoder of `part`, a key of ENCODERS, in host memory."""
+    def text_encoder(self, part: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """Tokenizer and encoder of `part`, a key of ENCODERS, on the device."""
+        start = time.perf_counter()
         tokenizer_part, encoder_class, tokenizer_class = ENCODERS[part]
         tokenizer = tokenizer_class.from_pretrained(self.sources.parts[tokenizer_part])
         encoder = self._load(encoder_class, part)
@@ -43,7 +46,9 @@ class Weights:
             StableDiffusion3Pipeline.load_lora_into_text_encoder(
                 lora, network_alphas=None, text_encoder=encoder, prefix=part, lora_scale=self.lora_scale
             )
-        return tokenizer, encoder.requires_grad_(False).eval()
+        encoder.requires_grad_(False).eval().to(device)
+        self.encoder_seconds += time.perf_counter() - start
+        return tokenizer, encoder
 
     def transformer(self) -> SD3Transformer2DModel:
         """The transformer in host memory."""

@@ -1,0 +1,167 @@
+"""The published inference loop against ours: paired runs in alternation, a table, JSON, and the bound of arithmetic."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sd3.common.files import write_text
+from sd3.common.model_sizes import CLIP_TOKENS, SIZES, ModelSize
+from sd3.inference.benchmark_run import Case, run_case
+from sd3.inference.errors import UserError
+from sd3.inference.paint import T5_TOKENS
+from sd3.inference.ranks import Ranks
+from sd3.inference.run import check_dtype, versions
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description="Paint the same pictures with the published loop (every part on the device, every prompt encoded "
+        "for every seed, one picture at a time) and with this project's, in alternation, and compare time and memory."
+    )
+    add = parser.add_argument
+    add(
+        "--model", default="proportional", metavar="proportional|DIR",
+        help="proportional (default): random weights with SD3 medium's shares of arithmetic and memory, made here",
+    )  # fmt: skip
+    add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="where to paint")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="default float16, on a cpu float32")
+    add("--prompts", type=int, default=8, help="number of prompts (default 8)")
+    add("--seeds", type=int, default=4, help="pictures of each prompt (default 4)")
+    add("--steps", type=int, default=28, help="denoising steps (default 28)")
+    add("--side", type=int, help="pixels a side (default 256 for proportional, else 1024)")
+    add("--guidance-scale", type=float, default=1.0, help="guidance scale (default 1, as published)")
+    add("--batch-sizes", type=int, nargs="+", default=[1], help="our batch sizes, each compared apart (default 1)")
+    add("--pairs", type=int, default=3, help="paired runs (default 3)")
+    add("--compile", action="store_true", help="also ours with a compiled transformer, reported apart")
+    add("--output", type=Path, help="write the figures as JSON")
+    add("--one", help=argparse.SUPPRESS)  # a child's job: "published" or "ours", with the case on standard input
+    return parser
+
+
+def main(arguments: Sequence[str], script: Path) -> int:
+    """Command line of `script`; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    if options.one:
+        with tempfile.TemporaryDirectory() as folder:
+            case = Case(**json.load(sys.stdin))
+            measured = run_case(case, options.one == "ours", Path(folder))
+        json.dump(dataclasses.asdict(measured), sys.stdout)
+        return 0
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = _compare(options, script, Path(scratch))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    print(as_table(result))
+    if options.output:
+        write_text(options.output, json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
+    counts = (options.prompts, options.seeds, options.steps, options.pairs, *options.batch_sizes)
+    if min(counts) < 1:
+        raise UserError(f"--prompts, --seeds, --steps, --pairs and --batch-sizes are at least 1; got {min(counts)}.")
+    ranks = Ranks(options.device)
+    dtype = options.dtype or ("float32" if ranks.device == "cpu" else "float16")
+    check_dtype(ranks.torch_device, dtype)
+    model, side = options.model, options.side or 1024
+    if options.model == "proportional":
+        from sd3.common.tiny_sd3 import make_tiny_sd3
+
+        model, side = str(scratch / "model"), options.side or 256
+        make_tiny_sd3(Path(model), size="proportional", half=True)
+    case = Case(
+        model, ranks.torch_device, dtype, options.prompts, options.seeds, options.steps, side, options.guidance_scale
+    )
+    variants = [("published", case)]
+    variants += [(f"ours, batch {size}", dataclasses.replace(case, batch_size=size)) for size in options.batch_sizes]
+    if options.compile:
+        variants.append(("ours, compiled", dataclasses.replace(case, compiled=True)))
+    runs: dict[str, list[dict]] = {name: [] for name, _ in variants}
+    with tqdm(total=options.pairs * len(variants), desc="Runs") as bar:
+        for number in range(options.pairs):
+            # Back and forth, so that a machine that slows down or warms up favours nobody.
+            for name, one in variants if number % 2 == 0 else variants[::-1]:
+                bar.set_postfix_str(name)
+                runs[name].append(_child(script, name, one))
+                bar.update()
+    size = SIZES["proportional"] if options.model == "proportional" else None
+    return {
+        "case": {**dataclasses.asdict(case), "model": options.model},
+        "machine": {"processor": platform.processor() or platform.machine(), **versions(ranks.device)},
+        "bound": bound(size, case) if size else None,
+        "runs": runs,
+        "ratios": {name: ratios(runs["published"], found) for name, found in runs.items() if name != "published"},
+    }
+
+
+def _child(script: Path, name: str, case: Case) -> dict:
+    kind = "published" if name == "published" else "ours"
+    done = subprocess.run(
+        [sys.executable, str(script), f"--one={kind}"], input=json.dumps(dataclasses.asdict(case)),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"the run '{name}' failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", 1)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(published: Sequence[dict], ours: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Of each pair, published over ours in pictures a second, and ours over published in memory: min, median, max."""
+    pairs = list(zip(published, ours, strict=True))
+    speed = [theirs["seconds"] / own["seconds"] for theirs, own in pairs]
+    memory = [own["peak_bytes"] / theirs["peak_bytes"] for theirs, own in pairs]
+    return {
+        name: {"min": min(values), "median": statistics.median(values), "max": max(values)}
+        for name, values in (("speed", speed), ("memory", memory))
+    }
+
+
+def bound(size: ModelSize, case: Case) -> float:
+    """How much faster arithmetic allows ours to be at batch 1: all operations of the published loop, over those left
+    when each distinct prompt is encoded once. Guidance doubles the denoising, and the published loop's encoding."""
+    from sd3.common import flops
+
+    guided = case.guidance_scale > 1
+    denoise = case.steps * flops.transformer_cost(size, case.side, CLIP_TOKENS + T5_TOKENS).flops * (2 if guided else 1)
+    decode = flops.decoder_cost(size, case.side).flops
+    encode = flops.t5_cost(size, T5_TOKENS).flops + flops.clip_cost(size).flops
+    pictures = case.prompts * case.seeds
+    theirs = pictures * (denoise + decode + encode * (2 if guided else 1))
+    return theirs / (pictures * (denoise + decode) + encode * (case.prompts + guided))
+
+
+def as_table(result: dict) -> str:
+    """The figures as a Markdown table, which a terminal shows just as well."""
+    case, published = result["case"], result["runs"]["published"]
+    lines = [
+        f"{case['model']}, {case['prompts']} prompts x {case['seeds']} seeds, {case['steps']} steps, "
+        f"{case['side']}x{case['side']}, guidance {case['guidance_scale']:g}, {case['dtype']}, {case['device']}, "
+        f"{len(published)} pairs",
+        "",
+        "| run | pictures/s | speed against published: min, median, max | peak memory against published |",
+        "|---|---|---|---|",
+    ]
+    for name, runs in result["runs"].items():
+        rate = statistics.median(run["pictures"] / run["seconds"] for run in runs)
+        against = result["ratios"].get(name)
+        speed = ", ".join(f"{against['speed'][key]:.3f}" for key in ("min", "median", "max")) if against else "1"
+        memory = f"{against['memory']['median']:.2f}" if against else "1"
+        lines.append(f"| {name} | {rate:.3f} | {speed} | {memory} |")
+    if result["bound"]:
+        lines += ["", f"Bound set by arithmetic for batch 1: {result['bound']:.4f}."]
+    return "\n".join(lines)
