@@ -1,0 +1,76 @@
+"""Pictures to be measured: where their bytes are, what those bytes show."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from sd3.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """An encoded picture in a file, or in memory where it is a cell of a data set; `name` is for messages."""
+
+    name: str
+    path: Path | None = None
+    content: bytes = b""
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if self.path is None:
+            return self.content
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read ({error.strerror}); mend or remove it.") from None
+
+
+def sha256(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def decode(name: str, content: bytes) -> Image.Image:
+    """An upright RGB picture; what is transparent becomes white.
+
+    Raises:
+        UserError: the bytes are no whole picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read as a picture ({error}); mend or remove it.") from None
+    if "A" in upright.getbands() or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    return upright.convert("RGB")
+
+
+def images_in(folder: Path, option: str) -> list[ImageSource]:
+    """The pictures that lie in a folder, by name; sub-folders, hidden files and other kinds of files are passed over.
+
+    Raises:
+        UserError: there is no such folder, or no picture in it; the text names `option`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{option}={folder} is no directory; give a folder of pictures.")
+    known = Image.registered_extensions()
+    found = [
+        ImageSource(str(path), path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix.lower() in known and not path.name.startswith(".")
+    ]
+    if not found:
+        raise UserError(f"{option}={folder} holds no pictures; give a folder of PNG or JPEG files.")
+    return found
