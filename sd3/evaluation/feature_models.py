@@ -43,15 +43,23 @@ def weights_hash(config: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> st
     return digest.hexdigest()
 
 
-def _where(option: str, name: str, what: str) -> str:
-    """`name`, if it can be a model of transformers: a directory with a configuration, or a hub name."""
+def check_name(option: str, name: str, what: str) -> None:
+    """Refuse what cannot be a model of transformers: a directory with a configuration, or a hub name.
+
+    Raises:
+        UserError: `name` is neither.
+    """
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{option}={name} holds no config.json; give the directory of {what}.")
     elif path.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(f"{option}={name} is neither a directory nor a hub name; give {what}.")
-    return name
+
+
+def _why(error: Exception) -> str:
+    """The first line of an error's text, to stand inside a sentence."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".: ")
 
 
 def _load(option: str, name: str, what: str, loader: Any, local_files_only: bool) -> Any:
@@ -59,8 +67,7 @@ def _load(option: str, name: str, what: str, loader: Any, local_files_only: bool
     try:
         return loader(name, local_files_only=local_files_only)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{option}={name} cannot be loaded as {what}: {why.rstrip('.')}; give a complete one.") from None
+        raise UserError(f"{option}={name} cannot be loaded as {what} ({_why(error)}); give a complete one.") from None
 
 
 def _load_model(option: str, name: str, what: str, kind: Any, local_files_only: bool) -> tuple[Any, set[str]]:
@@ -83,7 +90,8 @@ class _TransformersModel(FeatureModel):
     ) -> None:
         from transformers import AutoImageProcessor
 
-        self.name = _where(option, name, what)
+        check_name(option, name, what)
+        self.name = name
         model, unused = _load_model(option, name, what, kind, local_files_only)
         self._processor = _load(option, name, what, AutoImageProcessor.from_pretrained, local_files_only)
         config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
@@ -199,9 +207,8 @@ class InceptionModel(FeatureModel):
         except UserError:
             raise
         except Exception as error:  # torch.load and load_state_dict raise many kinds; each one is the file's fault
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{option}={name} cannot be loaded as torchvision's Inception-v3 ({why.rstrip('.:')}); "
+                f"{option}={name} cannot be loaded as torchvision's Inception-v3 ({_why(error)}); "
                 "give its state dictionary."
             ) from None
         self.name = name

@@ -1,0 +1,157 @@
+"""The report: one HTML file that holds everything it shows and asks for nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from sd3.common.files import write_text
+from sd3.evaluation.candidates import PictureSet
+from sd3.evaluation.images import ImageSource, decode
+from sd3.evaluation.metrics import HIGHER_IS_BETTER, PER_PICTURE
+from sd3.evaluation.table import NAMES, cell, number, verdict
+
+THUMBNAIL = 224  # pixels of the longer side; twice what most screens show
+MOST_THUMBNAILS = 1200  # about 12 MB; prompts beyond have their figures and no pictures
+COLOURS = 6  # that the template has for candidates
+MEANINGS = {
+    "clip-t": "Prompt fidelity: cosine of the CLIP embeddings of picture and prompt.",
+    "clip-i": "Subject fidelity: mean cosine of CLIP embeddings with each real picture of the subject.",
+    "dino": "Subject fidelity: the same with DINO, which tells individuals of one class apart better.",
+    "kid": "Distance from the reference pictures: squared MMD of features, 0 for the same distribution.",
+    "fid": "Distance from the reference pictures: between normal distributions fitted to features.",
+}
+
+
+def thumbnail(source: ImageSource) -> str:
+    """A data: address with a small JPEG of the picture.
+
+    Raises:
+        UserError: the picture cannot be read.
+    """
+    image = decode(source.name, source.read())
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=82, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+class _Scale:
+    """From figures to percent of the width of a strip."""
+
+    def __init__(self, estimates: Sequence[dict[str, Any]]) -> None:
+        values = [value for each in estimates for value in (each["mean"], *(each["interval"] or ()))]
+        low, high = min(values), max(values)
+        margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.05
+        self._low, self._width = low - margin, high - low + 2 * margin
+
+    def place(self, value: float) -> float:
+        return round(100 * (value - self._low) / self._width, 2)
+
+    def strip(self, estimate: dict[str, Any]) -> dict[str, Any]:
+        """The figure as text, and where its dot and its interval lie."""
+        low, high = (self.place(value) for value in estimate["interval"] or (estimate["mean"], estimate["mean"]))
+        return {
+            "text": number(estimate["mean"]), "full": cell(estimate), "dot": self.place(estimate["mean"]),
+            "left": low, "width": round(high - low, 2), "has_interval": estimate["interval"] is not None,
+            "interval": "" if estimate["interval"] is None
+            else f"{number(estimate['interval'][0])} to {number(estimate['interval'][1])}",
+        }  # fmt: skip
+
+
+def _difference(metric: str, estimate: dict[str, Any], label: str, base: str) -> dict[str, str]:
+    return {
+        "label": label, "base": base, "text": cell(estimate, signed=True),
+        "verdict": verdict(metric, estimate) or "no interval",
+    }  # fmt: skip
+
+
+def _cards(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each metric: all candidates on one strip scale, and what the differences say."""
+    cards = []
+    for metric in results["metrics"]:
+        estimates = [candidate["metrics"][metric] for candidate in results["candidates"]]
+        scale = _Scale(estimates)
+        cards.append({
+            "name": NAMES[metric], "meaning": MEANINGS[metric], "higher": HIGHER_IS_BETTER[metric],
+            "rows": [
+                {"label": candidate["label"], "colour": place % COLOURS, "n": candidate["metrics"][metric]["n"],
+                 **scale.strip(candidate["metrics"][metric])}
+                for place, candidate in enumerate(results["candidates"])
+            ],
+            "differences": [
+                _difference(metric, each["metrics"][metric], each["label"], each["base"])
+                for each in results["differences"]
+            ],
+        })  # fmt: skip
+    return cards
+
+
+def _prompts(results: dict[str, Any], sets: Sequence[PictureSet]) -> list[dict[str, Any]]:
+    """One for each prompt: pictures of all candidates, and the metrics that every picture has."""
+    metrics = [metric for metric in results["metrics"] if metric in PER_PICTURE]
+    scales = {
+        metric: _Scale([c["metrics"][metric] for prompt in results["prompts"] for c in prompt["candidates"]])
+        for metric in metrics
+    }
+    index = {key: number for number, key in enumerate(sets[0].keys())}
+    room = MOST_THUMBNAILS
+    shown = []
+    for prompt in results["prompts"]:
+        room -= len(prompt["seeds"]) * len(sets)
+        candidates = []
+        for place, (pictures, found) in enumerate(zip(sets, prompt["candidates"], strict=True)):
+            numbers = [index[prompt["prompt"], seed] for seed in prompt["seeds"]] if room >= 0 else []
+            candidates.append({
+                "label": found["label"], "colour": place % COLOURS,
+                "pictures": [
+                    {"seed": pictures.recipes[i].seed,
+                     "data": thumbnail(ImageSource(str(pictures.paths[i]), pictures.paths[i]))}
+                    for i in numbers
+                ],
+                "strips": {metric: scales[metric].strip(found["metrics"][metric]) for metric in metrics},
+            })  # fmt: skip
+        differences = {
+            metric: [
+                _difference(metric, each["metrics"][metric], each["label"], sets[0].label)
+                for each in prompt["differences"]
+            ]
+            for metric in metrics
+        }
+        shown.append({**prompt, "candidates": candidates, "differences": differences})
+    return shown
+
+
+def render(results: dict[str, Any], sets: Sequence[PictureSet], subject: Sequence[ImageSource]) -> str:
+    """The HTML text.
+
+    Args:
+        results: from `summarize`, with `settings` and `split`.
+        sets: the same sets, aligned.
+        subject: real pictures of the subject, none if there are none.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("report.html.jinja").render(
+        results=results, cards=_cards(results), prompts=_prompts(results, sets), names=NAMES,
+        per_picture=[metric for metric in results["metrics"] if metric in PER_PICTURE],
+        subject=[thumbnail(source) for source in subject[:12]], colours=COLOURS,
+    )  # fmt: skip
+
+
+def write_report(
+    path: Path, results: dict[str, Any], sets: Sequence[PictureSet], subject: Sequence[ImageSource]
+) -> None:
+    """Write what `render` makes; the file appears whole or not at all. Raises as `render` does."""
+    write_text(path, render(results, sets, subject))
