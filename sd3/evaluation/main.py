@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from sd3.common.devices import DeviceError, detect
 from sd3.common.errors import UserError
@@ -26,6 +29,7 @@ from sd3.evaluation.table import table
 
 def main(arguments: Sequence[str], defaults: Defaults, generate: Generate | None = None) -> int:
     """Run the command line; returns the exit status. `generate` stands in for sd3.inference.run.generate."""
+    _quiet()
     try:
         options = parse(arguments, defaults)
         if options.training_split:
@@ -88,6 +92,13 @@ def write_training_split(options: argparse.Namespace) -> None:
         options.dataset, options.training_split, options.held_out, options.split_seed, options.caption_column
     )
     print(f"{rows} rows to train on: {options.training_split}")
+
+
+def _quiet() -> None:
+    """Keep to ourselves what the libraries say to those who train: that heads are new, that features are buffered."""
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`", module="torchmetrics")
 
 
 def _text(path: Path | None) -> str | None:

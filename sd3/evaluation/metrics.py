@@ -58,10 +58,9 @@ def kid(features: np.ndarray, references: np.ndarray, seed: int) -> float:
 
     It can be below zero. At least 2 pictures are needed on each side.
     """
-    metric = KernelInceptionDistance(
-        feature=_AsTheyAre(features.shape[1]), subsets=KID_SUBSETS,
-        subset_size=kid_subset_size(len(features), len(references)),
-    )  # fmt: skip
+    size = kid_subset_size(len(features), len(references))
+    subsets = 1 if size == len(features) == len(references) else KID_SUBSETS  # of the whole there is one subset
+    metric = KernelInceptionDistance(feature=_AsTheyAre(features.shape[1]), subsets=subsets, subset_size=size)
     metric.update(torch.from_numpy(references).double(), real=True)
     metric.update(torch.from_numpy(features).double(), real=False)
     with torch.random.fork_rng(devices=[]):

@@ -58,39 +58,46 @@ class _Scale:
         """The figure as text, and where its dot and its interval lie."""
         low, high = (self.place(value) for value in estimate["interval"] or (estimate["mean"], estimate["mean"]))
         return {
-            "text": number(estimate["mean"]), "full": cell(estimate), "dot": self.place(estimate["mean"]),
-            "left": low, "width": round(high - low, 2), "has_interval": estimate["interval"] is not None,
-            "interval": "" if estimate["interval"] is None
-            else f"{number(estimate['interval'][0])} to {number(estimate['interval'][1])}",
+            "text": _minus(number(estimate["mean"])), "full": _minus(cell(estimate)),
+            "interval": _minus(" to ".join(number(value) for value in estimate["interval"] or ())),
+            "dot": self.place(estimate["mean"]), "left": low, "width": round(high - low, 2), "n": estimate["n"],
         }  # fmt: skip
 
 
-def _difference(metric: str, estimate: dict[str, Any], label: str, base: str) -> dict[str, str]:
+def _minus(text: str) -> str:
+    """Hyphens of figures as the minus sign, which is as wide as a plus."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _figures(metric: str, scale: _Scale, candidates: Sequence[Any], differences: Sequence[Any]) -> dict[str, Any]:
+    """A metric of all candidates on one scale, and what the differences from the first one say."""
     return {
-        "label": label, "base": base, "text": cell(estimate, signed=True),
-        "verdict": verdict(metric, estimate) or "no interval",
+        "name": NAMES[metric],
+        "rows": [
+            {"label": each["label"], "colour": place % COLOURS, **scale.strip(each["metrics"][metric])}
+            for place, each in enumerate(candidates)
+        ],
+        "differences": [
+            {"label": each["label"], "base": candidates[0]["label"],
+             "text": _minus(cell(each["metrics"][metric], signed=True)),
+             "verdict": verdict(metric, each["metrics"][metric])}
+            for each in differences
+        ],
     }  # fmt: skip
 
 
 def _cards(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for each metric: all candidates on one strip scale, and what the differences say."""
-    cards = []
-    for metric in results["metrics"]:
-        estimates = [candidate["metrics"][metric] for candidate in results["candidates"]]
-        scale = _Scale(estimates)
-        cards.append({
-            "name": NAMES[metric], "meaning": MEANINGS[metric], "higher": HIGHER_IS_BETTER[metric],
-            "rows": [
-                {"label": candidate["label"], "colour": place % COLOURS, "n": candidate["metrics"][metric]["n"],
-                 **scale.strip(candidate["metrics"][metric])}
-                for place, candidate in enumerate(results["candidates"])
-            ],
-            "differences": [
-                _difference(metric, each["metrics"][metric], each["label"], each["base"])
-                for each in results["differences"]
-            ],
-        })  # fmt: skip
-    return cards
+    """One for each metric."""
+    return [
+        {
+            "meaning": MEANINGS[metric], "higher": HIGHER_IS_BETTER[metric],
+            **_figures(
+                metric, _Scale([each["metrics"][metric] for each in results["candidates"]]), results["candidates"],
+                results["differences"],
+            ),
+        }
+        for metric in results["metrics"]
+    ]  # fmt: skip
 
 
 def _prompts(results: dict[str, Any], sets: Sequence[PictureSet]) -> list[dict[str, Any]]:
@@ -105,26 +112,18 @@ def _prompts(results: dict[str, Any], sets: Sequence[PictureSet]) -> list[dict[s
     shown = []
     for prompt in results["prompts"]:
         room -= len(prompt["seeds"]) * len(sets)
-        candidates = []
-        for place, (pictures, found) in enumerate(zip(sets, prompt["candidates"], strict=True)):
-            numbers = [index[prompt["prompt"], seed] for seed in prompt["seeds"]] if room >= 0 else []
-            candidates.append({
-                "label": found["label"], "colour": place % COLOURS,
-                "pictures": [
-                    {"seed": pictures.recipes[i].seed,
-                     "data": thumbnail(ImageSource(str(pictures.paths[i]), pictures.paths[i]))}
-                    for i in numbers
-                ],
-                "strips": {metric: scales[metric].strip(found["metrics"][metric]) for metric in metrics},
-            })  # fmt: skip
-        differences = {
-            metric: [
-                _difference(metric, each["metrics"][metric], each["label"], sets[0].label)
-                for each in prompt["differences"]
-            ]
-            for metric in metrics
-        }
-        shown.append({**prompt, "candidates": candidates, "differences": differences})
+        numbers = [index[prompt["prompt"], seed] for seed in prompt["seeds"]] if room >= 0 else []
+        shown.append({
+            "prompt": prompt["prompt"], "clip_text": prompt["clip_text"], "seeds": prompt["seeds"],
+            "candidates": [
+                {"label": pictures.label, "colour": place % COLOURS,
+                 "pictures": [thumbnail(ImageSource(str(pictures.paths[i]), pictures.paths[i])) for i in numbers]}
+                for place, pictures in enumerate(sets)
+            ],
+            "metrics": [
+                _figures(metric, scale, prompt["candidates"], prompt["differences"]) for metric, scale in scales.items()
+            ],
+        })  # fmt: skip
     return shown
 
 
@@ -144,8 +143,7 @@ def render(results: dict[str, Any], sets: Sequence[PictureSet], subject: Sequenc
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("report.html.jinja").render(
-        results=results, cards=_cards(results), prompts=_prompts(results, sets), names=NAMES,
-        per_picture=[metric for metric in results["metrics"] if metric in PER_PICTURE],
+        results=results, cards=_cards(results), prompts=_prompts(results, sets),
         subject=[thumbnail(source) for source in subject[:12]], colours=COLOURS,
     )  # fmt: skip
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from sd3.evaluation.metrics import HIGHER_IS_BETTER
 
+# Below this many pairs an interval by resampling says little: of four pairs, all four are on one side of 0 in one case
+# of eight where there is no difference at all.
+LEAST_PAIRS = 10
 NAMES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I", "dino": "DINO", "kid": "KID", "fid": "FID"}
 
 
@@ -16,9 +19,11 @@ def number(value: float, signed: bool = False) -> str:
 
 
 def verdict(metric: str, difference: dict[str, Any]) -> str:
-    """`better`, `worse`, or `unclear` where the interval holds 0; empty where there is no interval."""
+    """`better`, `worse`, or `unclear` where the interval holds 0; else why nothing can be said."""
     if difference["interval"] is None:
-        return ""
+        return "no interval"
+    if difference["n"] < LEAST_PAIRS:
+        return "too few pictures"
     low, high = difference["interval"]
     if low <= 0 <= high:
         return "unclear"
@@ -45,7 +50,7 @@ def table(results: dict[str, Any]) -> str:
         row += [cell(candidate["metrics"][metric]) for candidate in results["candidates"]]
         for difference in results["differences"]:
             found = difference["metrics"][metric]
-            row.append(f"{cell(found, signed=True)} {verdict(metric, found)}".rstrip())
+            row.append(f"{cell(found, signed=True)} {verdict(metric, found)}")
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,346 @@
+"""The whole evaluation: flags in, metrics.json, table and report out; every refusal in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import prepared
+from evaluation_parts import FakeGenerator, fill, make_feature_models
+from sd3.evaluation import report
+from sd3.evaluation.main import main
+from sd3.evaluation.options import Defaults
+from sd3.evaluation.table import number, verdict
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCRIPT = PROJECT / "sd3" / "evaluate_sd3.py"
+PROMPTS = ["a photo of sks dog", 'sks dog & <script>alert("x")</script> {{ 7 * 7 }}']
+SEEDS = [8, 23, 42]
+
+
+@pytest.fixture(scope="module")
+def models() -> Path:
+    return prepared("feature-models", make_feature_models)
+
+
+@pytest.fixture(scope="module")
+def defaults(models: Path) -> Defaults:
+    return Defaults(
+        str(models / "clip"), str(models / "vit"), str(models / "dinov2"), "object", "sks dog", SEEDS, "eval_result"
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    root = tmp_path_factory.mktemp("pictures")
+    return [str(fill(root / name, PROMPTS, SEEDS, tag=name)) for name in ("base", "tuned")]
+
+
+@pytest.fixture(scope="module")
+def evaluated(folders: list[str], defaults: Defaults, dog_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("evaluated") / "new" / "folder"
+    status = main(
+        ["--pictures", *folders, f"--subject-dir={dog_dir}", f"--reference-dir={dog_dir}", f"--output-dir={output}",
+         "--device=cpu"], defaults,
+    )  # fmt: skip
+    assert status == 0
+    return output
+
+
+def metrics_of(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_metrics_hold_means_intervals_and_numbers(evaluated: Path) -> None:
+    found = metrics_of(evaluated)
+    assert found["metrics"] == ["clip-t", "clip-i", "dino", "kid", "fid"]
+    assert [candidate["label"] for candidate in found["candidates"]] == ["base", "tuned"]
+    for candidate in found["candidates"]:
+        assert list(candidate["metrics"]) == found["metrics"]
+        for name, estimate in candidate["metrics"].items():
+            assert estimate["n"] == 6
+            if name == "fid":
+                assert estimate["interval"] is None
+            else:
+                assert estimate["interval"][0] <= estimate["mean"] <= estimate["interval"][1]
+        assert (candidate["steps"], candidate["model_hash"]) == (28, "a" * 64)
+    assert all(re.fullmatch("[0-9a-f]{64}", model["sha256_of_weights"]) for model in found["feature_models"].values())
+    assert found["versions"]["torchmetrics"] == "1.9.0"
+    assert found["settings"]["seeds"] == SEEDS
+
+
+def test_a_difference_is_that_of_pairs(evaluated: Path) -> None:
+    found = metrics_of(evaluated)
+    (difference,) = found["differences"]
+    for name, estimate in difference["metrics"].items():
+        base, tuned = (candidate["metrics"][name]["mean"] for candidate in found["candidates"])
+        assert estimate["mean"] == pytest.approx(tuned - base)
+    for name in ("clip-t", "clip-i", "dino"):
+        means = [prompt["candidates"][1]["metrics"][name]["mean"] for prompt in found["prompts"]]
+        assert np.mean(means) == pytest.approx(found["candidates"][1]["metrics"][name]["mean"])
+        assert all(prompt["differences"][0]["metrics"][name]["n"] == 3 for prompt in found["prompts"])
+
+
+def test_the_figures_are_those_of_the_library_used_by_hand(evaluated: Path, folders: list[str], models: Path) -> None:
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    from sd3.common.pictures import pictures_in
+
+    model, processor = CLIPModel.from_pretrained(models / "clip").eval(), CLIPProcessor.from_pretrained(models / "clip")
+    pictures = [(path, recipe) for path, recipe in pictures_in(Path(folders[1])) if recipe.prompt == PROMPTS[0]]
+    inputs = processor(
+        text=["a photo of dog"], images=[Image.open(path).convert("RGB") for path, _ in pictures], return_tensors="pt"
+    )
+    with torch.no_grad():
+        out = model(**inputs)
+    expected = (out.image_embeds @ out.text_embeds.T).mean().item()
+    prompt = next(prompt for prompt in metrics_of(evaluated)["prompts"] if prompt["prompt"] == PROMPTS[0])
+    assert prompt["clip_text"] == "a photo of dog"
+    assert prompt["candidates"][1]["metrics"]["clip-t"]["mean"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_second_run_gives_the_same_files_from_the_cache(
+    evaluated: Path, folders: list[str], defaults: Defaults, dog_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for kind in ("ClipModel", "ClassTokenModel"):
+        monkeypatch.setattr(f"sd3.evaluation.feature_models.{kind}.embed", None)  # calling it would fail
+    arguments = ["--pictures", *folders, f"--subject-dir={dog_dir}", f"--reference-dir={dog_dir}", "--device=cpu",
+                 f"--output-dir={tmp_path}", f"--cache-dir={evaluated / '.features'}"]  # fmt: skip
+    assert main(arguments, defaults) == 0
+    assert (tmp_path / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
+    assert (tmp_path / "report.html").read_bytes() == (evaluated / "report.html").read_bytes()
+    printed = capsys.readouterr()
+    assert re.search(r"^CLIP-T +higher +\S+ \[", printed.out, re.MULTILINE)
+    assert "note: KID was taken over subsets of 5 pictures" in printed.out
+    assert "far too high" in printed.out
+    assert len(set(re.findall(r"(\w+):\s+\d+%", printed.err))) == 1  # one progress bar
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, run and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.shown = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in {"meta", "img", "link", "br", "hr", "input"}:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "srcset", "data", "action"}]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.shown += data
+
+
+def test_the_report_is_one_sound_file_that_asks_for_nothing(evaluated: Path) -> None:
+    text = (evaluated / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    assert page.tags.count("img") == 2 * 2 * 3 + 5
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert all(prompt in page.shown for prompt in PROMPTS)
+    assert {"CLIP-T", "CLIP-I", "DINO", "KID", "FID"} <= set(re.findall(r"[A-Z-]+", page.shown))
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert "too few pictures" in page.shown
+
+
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_report_looks_like_something(evaluated: Path, tmp_path: Path, width: int) -> None:
+    """In Chromium where there is one: it shows pictures, and nothing is cut off. Elsewhere its layout is read."""
+    text = (evaluated / "report.html").read_text(encoding="utf-8")
+    browser = chromium()
+    if browser is None:
+        assert "max-width: 560px" in text
+        assert not re.search(r"[^-]width: \d{3,}px", text)  # nothing that a phone could not hold
+        return
+    shown = tmp_path / "shown.png"
+    subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1400",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shown}", (evaluated / "report.html").as_uri()],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    with Image.open(shown) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape == (1400, width, 3)
+    page = pixels[2, 2]
+    assert (np.abs(pixels - page).sum(axis=2) > 30).mean() > 0.02  # ink, dots and pictures
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert (pixels[:, -4:] == page).all()  # the margin is free: nothing runs over the edge
+
+
+def test_beyond_its_room_the_report_has_figures_alone(
+    evaluated: Path, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sd3.evaluation.candidates import align, read_folder
+
+    monkeypatch.setattr(report, "MOST_THUMBNAILS", 6)
+    sets = align([read_folder(Path(folder).name, Path(folder)) for folder in folders])
+    page = Page(report.render(metrics_of(evaluated), sets, []))
+    assert page.tags.count("img") == 6
+    assert "No pictures here" in page.shown
+
+
+def test_candidates_are_painted_and_compared_with_a_folder(
+    folders: list[str], defaults: Defaults, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS).replace("sks dog", "{subject}"), encoding="utf-8")
+    generate = FakeGenerator()
+    status = main(
+        ["--pictures", folders[1], "--candidate=label=new,model=models/base", f"--prompt-set={prompts}", "--seeds",
+         "8", "23", "42", "--steps=7", "--painting-batch-size=2", "--local-files-only", "--base=new", "--device=cpu",
+         f"--output-dir={tmp_path / 'out'}"], defaults, generate,
+    )  # fmt: skip
+    assert status == 0
+    assert {"--steps=7", "--batch-size=2", "--device=cpu", "--local-files-only"} < set(generate.calls[0])
+    found = metrics_of(tmp_path / "out")
+    assert [candidate["label"] for candidate in found["candidates"]] == ["new", "tuned"]
+    assert found["metrics"] == ["clip-t"]
+    assert "note: kid was left out: it needs --reference-dir or --dataset." in capsys.readouterr().out
+
+
+def test_a_data_set_gives_prompts_and_references(defaults: Defaults, pokemon_dir: Path, tmp_path: Path) -> None:
+    generate = FakeGenerator()
+    status = main(
+        [f"--dataset={pokemon_dir}", "--held-out=0.5", "--split-seed=1", "--candidate=label=a,model=m",
+         f"--output-dir={tmp_path}", "--device=cpu"], defaults, generate,
+    )  # fmt: skip
+    assert status == 0
+    found = metrics_of(tmp_path)
+    assert found["metrics"] == ["clip-t", "kid", "fid"]
+    assert len(found["split"]["rows"]) == 4
+    assert {prompt["prompt"] for prompt in found["prompts"]} == set(found["split"]["captions"])
+    assert found["settings"]["reference_pictures"] == 4
+    assert main([f"--dataset={pokemon_dir}", f"--training-split={tmp_path / 'train'}"], defaults) == 0
+    assert main([f"--dataset={pokemon_dir}", f"--training-split={tmp_path / 'train'}"], defaults) == 2
+
+
+def test_the_status_of_failed_painting_is_kept(defaults: Defaults, tmp_path: Path) -> None:
+    arguments = ["--candidate=label=a,model=m", f"--output-dir={tmp_path}", "--device=cpu"]
+    assert main(arguments, defaults, FakeGenerator(status=3)) == 3
+
+
+PICTURES = ["--pictures", "{base}"]
+REFUSALS = [
+    ([], "nothing to compare"),
+    (["--nonsense"], "--nonsense"),
+    ([*PICTURES, "--batch-size=0"], "--batch-size=0 is too small; give at least 1"),
+    ([*PICTURES, "--batch-size=many"], "--batch-size: invalid int value: 'many'"),
+    ([*PICTURES, "--resamples=3"], "--resamples=3 is too small"),
+    ([*PICTURES, "--metrics=clip-t,beauty"], "'beauty' is not known; give some of clip-t,clip-i,dino,kid,fid"),
+    ([*PICTURES, "--metrics=clip-i"], "clip-i needs --subject-dir"),
+    ([*PICTURES, "--metrics=fid"], "fid needs --reference-dir or --dataset"),
+    ([*PICTURES, "--steps=3"], "--steps is for pictures that are painted here"),
+    ([*PICTURES, "--seeds", "3"], "--seeds is for pictures that are painted here"),
+    (["--candidate=label=a,model=m", "--seeds", "-3"], "--seeds: -3 is out of range"),
+    ([*PICTURES, "--label", "a", "b"], "--label has 2 names and --pictures 1 folders"),
+    ([*PICTURES, "{base}"], "the label 'base' is there twice"),
+    ([*PICTURES, "--base=x"], "--base=x is none of the candidates; give one of base"),
+    ([*PICTURES, "--dataset={pokemon}", "--held-out=1"], "--held-out=1 is out of range"),
+    ([*PICTURES, "--held-out=0.2"], "--held-out is about a data set"),
+    ([*PICTURES, "--dataset={pokemon}", "--reference-dir={dog}"], "exclude each other"),
+    (["--candidate=label=a,model=m", "--dataset={pokemon}", "--prompt-set=object"], "exclude each other"),
+    ([*PICTURES, "--dataset={pokemon}"], "--held-out=0.1 gives 1 reference picture"),
+    ([*PICTURES, "--subject-dir={empty}"], "holds no pictures"),
+    ([*PICTURES, "--clip-model={empty}"], "holds no config.json"),
+    ([*PICTURES, "--output-dir={file}"], "cannot be made"),
+    ([*PICTURES, "--cache-dir={file}"], "name another --cache-dir"),
+    (["--pictures", "{empty}"], "no PNG file with a recipe"),
+    (["--pictures", "{corrupt}"], "cannot be read as a picture"),
+    ([*PICTURES, "--device=tpu"], "invalid choice: 'tpu'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "why"), REFUSALS, ids=[why for _, why in REFUSALS])
+def test_bad_input_is_refused_in_one_sentence(
+    arguments: list[str], why: str, folders: list[str], defaults: Defaults, dog_dir: Path, pokemon_dir: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    corrupt = fill(tmp_path / "corrupt", PROMPTS[:1], [8])
+    (picture,) = corrupt.iterdir()
+    picture.write_bytes(picture.read_bytes()[:-800])
+    places = {"base": folders[0], "dog": dog_dir, "pokemon": pokemon_dir, "empty": tmp_path / "empty",
+              "file": tmp_path / "file", "corrupt": corrupt}  # fmt: skip
+    assert main([argument.format(**places) for argument in arguments], defaults, FakeGenerator()) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1
+    assert why in lines[0]
+    assert printed.out == ""
+    assert not (tmp_path / "eval_result" / "metrics.json").exists()
+
+
+def test_figures_are_short_and_judged_with_care() -> None:
+    assert [number(value) for value in (0.31234, 1.23456, 12.3456, 1234.56)] == ["0.3123", "1.235", "12.35", "1234.6"]
+    sure = {"interval": [0.1, 0.2], "n": 10}
+    assert [verdict(metric, sure) for metric in ("clip-t", "kid")] == ["better", "worse"]
+    assert verdict("clip-t", {"interval": [-0.1, 0.2], "n": 10}) == "unclear"
+    assert verdict("clip-t", {"interval": [0.1, 0.2], "n": 9}) == "too few pictures"
+    assert verdict("fid", {"interval": None, "n": 10}) == "no interval"
+
+
+def run_script(*arguments: str, python: str = sys.executable, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in {"SD3_REEXECUTED", "PYTHONPATH"}}
+    return subprocess.run(
+        [python, str(SCRIPT), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_script_runs_from_anywhere(tmp_path: Path, folders: list[str], models: Path) -> None:
+    result = run_script(
+        "--pictures", folders[0], f"--clip-model={models / 'clip'}", "--device=cpu", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "eval_result" / "report.html").is_file()
+    assert metrics_of(tmp_path / "eval_result")["metrics"] == ["clip-t"]
+
+
+def test_another_python_goes_on_in_the_projects_or_says_what_is_missing(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    result = run_script("--help", python=str(tmp_path / "bare" / "bin" / "python"), cwd=tmp_path)
+    if result.returncode == 0:
+        assert "going on with" in result.stderr
+        assert "--pictures" in result.stdout
+    else:
+        assert result.returncode == 3
+        assert f"run: bash {PROJECT / 'setup_env.sh'}" in result.stderr
+
+
+def test_help_has_every_flag_with_its_meaning(tmp_path: Path) -> None:
+    result = run_script("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert {"--pictures", "--candidate", "--metrics", "--subject-dir"} <= set(re.findall(r"--[a-z-]+", result.stdout))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,163 @@
+"""The figures against computations of our own that share no code with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sd3.evaluation.bootstrap import bootstrap_mean
+from sd3.evaluation.metrics import (
+    fid,
+    kid,
+    kid_margin,
+    kid_subset_size,
+    prompt_fidelity,
+    subject_fidelity,
+)
+
+
+def features(n: int, dimension: int = 6, seed: int = 0, shift: float = 0.0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=(n, dimension)) + shift).astype(np.float32)
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x.astype(float), y.astype(float)
+    return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+
+
+def mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared MMD, term by term as Binkowski et al. write it."""
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return (float(a.astype(float) @ b.astype(float)) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    within = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    among = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    across = sum(k(a, b) for a in x for b in y) / (n * m)
+    return within + among - 2 * across
+
+
+def root(matrix: np.ndarray) -> np.ndarray:
+    """Square root of a symmetric positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors @ np.diag(np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+def frechet(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x.astype(float), y.astype(float)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    middle = root(root(a) @ b @ root(a))
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * np.trace(middle))
+
+
+def test_clip_t_is_the_cosine_with_the_pictures_own_text() -> None:
+    images, texts, text_of = features(4), features(2, seed=1), np.array([1, 0, 0, 1])
+    expected = [cosine(images[i], texts[text_of[i]]) for i in range(4)]
+    assert prompt_fidelity(images, texts, text_of) == pytest.approx(expected)
+
+
+def test_clip_i_and_dino_are_the_mean_over_all_references() -> None:
+    images, references = features(3), features(5, seed=1)
+    expected = [np.mean([cosine(image, reference) for reference in references]) for image in images]
+    assert subject_fidelity(images, references) == pytest.approx(expected)
+    assert subject_fidelity(images[:1], images[:1]) == pytest.approx([1.0])
+
+
+def test_kid_is_the_unbiased_mmd() -> None:
+    images, references = features(9, shift=0.5), features(9, seed=1)
+    assert kid(images, references, seed=0) == pytest.approx(mmd(images, references))
+
+
+def test_kid_of_unequal_sizes_is_the_mean_over_subsets() -> None:
+    images, references = features(60, shift=0.5), features(12, seed=1)
+    assert kid_subset_size(60, 12) == 12
+    assert kid_subset_size(5000, 3000) == 1000
+    assert kid(images, references, seed=0) == kid(images, references, seed=0)
+    assert kid(images, references, seed=0) != kid(images, references, seed=1)
+    assert kid(images, references, seed=0) == pytest.approx(mmd(images, references), rel=0.1)
+
+
+def test_kid_leaves_the_global_random_state_alone() -> None:
+    import torch
+
+    before = torch.random.get_rng_state()
+    kid(features(9), features(5), seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_margin_of_kid_is_the_jackknife_done_by_hand(paired: bool) -> None:
+    images, references = features(7, shift=0.3), features(5, seed=1)
+    base = features(7, seed=2) if paired else None
+
+    def value(keep: np.ndarray, against: np.ndarray) -> float:
+        return mmd(images[keep], references[against]) - (mmd(base[keep], references[against]) if paired else 0)
+
+    def variance(parts: list[float]) -> float:
+        return (len(parts) - 1) / len(parts) * float(((np.array(parts) - np.mean(parts)) ** 2).sum())
+
+    i, j = np.arange(7), np.arange(5)
+    pictures = variance([value(np.delete(i, k), j) for k in i])
+    real = variance([value(i, np.delete(j, k)) for k in j])
+    assert kid_margin(images, references, base) == pytest.approx(1.959964 * np.sqrt(pictures + real), rel=1e-5)
+    assert kid_margin(images[:2], references) is None
+    assert kid_margin(images, references[:2]) is None
+
+
+def test_identical_candidates_have_no_difference_in_kid() -> None:
+    images, references = features(7), features(5, seed=1)
+    assert kid_margin(images, references, images) == 0
+
+
+def test_the_interval_of_kid_covers_its_true_value() -> None:
+    """Between distributions that differ; there the jackknife's normal approximation holds."""
+    trials, values, margins = 150, [], []
+    for trial in range(trials):
+        x, y = features(40, 3, seed=2 * trial, shift=1.0), features(40, 3, seed=2 * trial + 1)
+        values.append(kid(x, y, seed=0))
+        margins.append(kid_margin(x, y))
+    truth = np.mean(values)  # KID is unbiased
+    assert 0.88 <= np.mean(np.abs(np.array(values) - truth) <= np.array(margins)) <= 0.99
+
+
+@pytest.mark.parametrize("n", [50, 4])  # 4 pictures of 6 features: covariances of too low a rank
+def test_fid_is_the_frechet_distance(n: int) -> None:
+    images, references = features(n, shift=0.5), features(n + 3, seed=1)
+    assert fid(images, references) == pytest.approx(frechet(images, references), rel=1e-6, abs=1e-6)
+
+
+def test_fid_of_the_same_pictures_is_nothing() -> None:
+    assert fid(features(50), features(50)) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_bootstrap_is_seeded_and_has_the_mean() -> None:
+    values = features(30, 1)[:, 0]
+    first = bootstrap_mean(values, 500, seed=0)
+    assert first == bootstrap_mean(values, 500, seed=0)
+    assert first != bootstrap_mean(values, 500, seed=1)
+    assert first.mean == pytest.approx(values.mean())
+    assert first.n == 30
+    assert first.interval[0] < first.mean < first.interval[1]
+
+
+def test_a_single_picture_has_no_interval() -> None:
+    assert bootstrap_mean(np.array([0.5]), 500, seed=0).as_dict() == {
+        "mean": 0.5, "interval": None, "n": 1, "interval_method": None,
+    }  # fmt: skip
+
+
+def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    trials, covered = 400, 0
+    for _ in range(trials):
+        low, high = bootstrap_mean(rng.exponential(size=40), 400, seed=0).interval
+        covered += low <= 1.0 <= high
+    assert 0.88 <= covered / trials <= 0.98
+
+
+def test_many_values_are_resampled_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = features(50, 1)[:, 0]
+    whole = bootstrap_mean(values, 300, seed=0)
+    monkeypatch.setattr("sd3.evaluation.bootstrap._AT_ONCE", 500)
+    assert bootstrap_mean(values, 300, seed=0) == whole
