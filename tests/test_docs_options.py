@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -16,11 +17,17 @@ LAUNCHERS = [relative(path) for path in tracked_files() if re.fullmatch(r"sd3/fi
 OPTION = re.compile(r"--[a-z][\w-]*")
 
 
+def interpreter(program: str) -> str:
+    return "python" if program.endswith(".py") else "bash"
+
+
 @cache
 def help_of(program: str) -> str:
+    run_with = {"python": sys.executable, "bash": "bash"}[interpreter(program)]
     done = subprocess.run(
-        ["bash", str(PROJECT / program), "--help"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
-    )
+        [run_with, str(PROJECT / program), "--help"], capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -37,7 +44,7 @@ def options_in_help(program: str) -> set[str]:
 
 def options_in_readme(readme: str, program: str) -> set[str]:
     """Options in the first column of the tables of the section that names the program's --help."""
-    named = f"`bash {program} --help`"
+    named = f"`{interpreter(program)} {program} --help`"
     sections = [section for section in parse(PROJECT / readme) if named in section.text]
     assert len(sections) == 1, f"{readme}: one section has to name {named}"
     rows = [row for table in sections[0].tables for row in table]
@@ -51,7 +58,9 @@ def test_launchers_share_their_options() -> None:
 
 
 @pytest.mark.parametrize("readme", READMES)
-@pytest.mark.parametrize("program", ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh"])
+@pytest.mark.parametrize(
+    "program", ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh", "sd3/evaluate_sd3.py"]
+)
 def test_the_table_is_the_help(readme: str, program: str) -> None:
     assert options_in_readme(readme, program) == options_in_help(program)
 

@@ -1,40 +1,27 @@
-"""An evaluation from flags to files."""
+"""The command line of the evaluation. What is heavy is imported when the flags are known to be good."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import warnings
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import transformers
-
-from sd3.common.devices import DeviceError, detect
+from sd3.common.devices import DeviceError
 from sd3.common.errors import UserError
-from sd3.common.files import write_text
 from sd3.evaluation.baseline import write_training_rows
-from sd3.evaluation.candidates import Generate, GenerationFailed, unequal_settings
-from sd3.evaluation.inputs import check_models, gather, make_output, read_references
-from sd3.evaluation.measure import Request, measure
+from sd3.evaluation.candidates import Generate, GenerationFailed
 from sd3.evaluation.options import Defaults, parse
-from sd3.evaluation.prompts import text_for_clip
-from sd3.evaluation.report import write_report
-from sd3.evaluation.results import summarize
-from sd3.evaluation.table import table
 
 
 def main(arguments: Sequence[str], defaults: Defaults, generate: Generate | None = None) -> int:
     """Run the command line; returns the exit status. `generate` stands in for sd3.inference.run.generate."""
-    _quiet()
     try:
         options = parse(arguments, defaults)
         if options.training_split:
             write_training_split(options)
         else:
+            from sd3.evaluation.run import evaluate
+
             evaluate(options, generate)
     except (UserError, DeviceError) as error:
         print(error, file=sys.stderr)
@@ -47,41 +34,6 @@ def main(arguments: Sequence[str], defaults: Defaults, generate: Generate | None
     return 0
 
 
-def evaluate(options: argparse.Namespace, generate: Generate | None = None) -> dict[str, Any]:
-    """Gather the pictures, measure them, write metrics.json and report.html, print the table; returns the figures.
-
-    Raises:
-        UserError, DeviceError, GenerationFailed: the text says what is wrong; the last one has said it already.
-    """
-    device = detect(options.device)
-    check_models(options)
-    references = read_references(options)
-    make_output(options.output_dir)
-    sets = gather(options, references.split, generate)
-    text_of = partial(text_for_clip, subject=options.subject, class_noun=options.class_noun)
-    request = Request(
-        metrics=options.metrics, subject=references.subject, references=references.images, text_of=text_of,
-        clip_model=options.clip_model, dino_model=options.dino_model, kid_model=options.kid_model, device=device,
-        batch_size=options.batch_size, local_files_only=options.local_files_only,
-    )  # fmt: skip
-    measured = measure(sets, request, options.cache_dir)
-    results = summarize(sets, measured, options.metrics, text_of, options.resamples)
-    results["notes"] = [*unequal_settings(sets), *results["notes"], *options.omitted]
-    results["settings"] = {
-        "device": device, "subject": options.subject, "class_noun": options.class_noun, "seeds": sets[0].seeds(),
-        "resamples": options.resamples, "subject_pictures": [source.name for source in references.subject],
-        "reference_pictures": len(references.images), "reference_dir": _text(options.reference_dir),
-    }  # fmt: skip
-    results["split"] = references.describe_split()
-    write_text(options.output_dir / "metrics.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_report(options.output_dir / "report.html", results, sets, references.subject)
-    print(table(results))
-    for note in results["notes"]:
-        print(f"note: {note}")
-    print(f"written: {options.output_dir / 'metrics.json'} {options.output_dir / 'report.html'}")
-    return results
-
-
 def write_training_split(options: argparse.Namespace) -> None:
     """Write the rows that are not held out as a data set of their own, and say how many.
 
@@ -92,14 +44,3 @@ def write_training_split(options: argparse.Namespace) -> None:
         options.dataset, options.training_split, options.held_out, options.split_seed, options.caption_column
     )
     print(f"{rows} rows to train on: {options.training_split}")
-
-
-def _quiet() -> None:
-    """Keep to ourselves what the libraries say to those who train: that heads are new, that features are buffered."""
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`", module="torchmetrics")
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -14,9 +14,6 @@ from torchmetrics.functional import pairwise_cosine_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-METRICS = ("clip-t", "clip-i", "dino", "kid", "fid")
-PER_PICTURE = ("clip-t", "clip-i", "dino")
-HIGHER_IS_BETTER = {"clip-t": True, "clip-i": True, "dino": True, "kid": False, "fid": False}
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 NORMAL_975 = 1.959963984540054  # the standard normal distribution's quantile at 0.975

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from sd3.common.errors import UserError
 from sd3.evaluation.candidates import Candidate, parse_candidate
-from sd3.evaluation.metrics import METRICS
+from sd3.evaluation.names import METRICS
 from sd3.evaluation.prompts import class_noun_of
 
 # Handed to the inference code with their values; a flag that is not given keeps the default there.

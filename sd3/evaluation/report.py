@@ -14,8 +14,8 @@ from PIL import Image
 from sd3.common.files import write_text
 from sd3.evaluation.candidates import PictureSet
 from sd3.evaluation.images import ImageSource, decode
-from sd3.evaluation.metrics import HIGHER_IS_BETTER, PER_PICTURE
-from sd3.evaluation.table import NAMES, cell, number, verdict
+from sd3.evaluation.names import HIGHER_IS_BETTER, PER_PICTURE, TITLES
+from sd3.evaluation.table import cell, number, verdict
 
 THUMBNAIL = 224  # pixels of the longer side; twice what most screens show
 MOST_THUMBNAILS = 1200  # about 12 MB; prompts beyond have their figures and no pictures
@@ -72,7 +72,7 @@ def _minus(text: str) -> str:
 def _figures(metric: str, scale: _Scale, candidates: Sequence[Any], differences: Sequence[Any]) -> dict[str, Any]:
     """A metric of all candidates on one scale, and what the differences from the first one say."""
     return {
-        "name": NAMES[metric],
+        "name": TITLES[metric],
         "rows": [
             {"label": each["label"], "colour": place % COLOURS, **scale.strip(each["metrics"][metric])}
             for place, each in enumerate(candidates)

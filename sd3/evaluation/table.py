@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd3.evaluation.metrics import HIGHER_IS_BETTER
+from sd3.evaluation.names import HIGHER_IS_BETTER, TITLES
 
 # Below this many pairs an interval by resampling says little: of four pairs, all four are on one side of 0 in one case
 # of eight where there is no difference at all.
 LEAST_PAIRS = 10
-NAMES = {"clip-t": "CLIP-T", "clip-i": "CLIP-I", "dino": "DINO", "kid": "KID", "fid": "FID"}
 
 
 def number(value: float, signed: bool = False) -> str:
@@ -46,7 +45,7 @@ def table(results: dict[str, Any]) -> str:
     heads += [f"{difference['label']} - {base}" for difference in results["differences"]]
     rows = [heads]
     for metric in results["metrics"]:
-        row = [NAMES[metric], "higher" if HIGHER_IS_BETTER[metric] else "lower"]
+        row = [TITLES[metric], "higher" if HIGHER_IS_BETTER[metric] else "lower"]
         row += [cell(candidate["metrics"][metric]) for candidate in results["candidates"]]
         for difference in results["differences"]:
             found = difference["metrics"][metric]
