@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-from sd3.common import venv  # noqa: E402
+from sd3.common.start import PACKAGES, start  # noqa: E402
 
 # For those who would rather edit than type; each is also a flag, which wins.
 CLIP_MODEL = "openai/clip-vit-base-patch32"  # Ruiz et al. do not say which CLIP; this one is the usual choice
@@ -17,8 +17,6 @@ PROMPT_SET = "live-subject"  # "object", or a text file with a prompt on each li
 SUBJECT = "sks dog"  # the rare token and the class noun, as in the prompt of the training
 SEEDS = [8, 23, 42, 1334]
 OUTPUT_DIR = "eval_result"
-
-PACKAGES = ("torch", "torchvision", "transformers", "torchmetrics", "jinja2", "numpy", "PIL", "tqdm", "pyarrow")
 
 
 def main() -> int:
@@ -30,5 +28,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    venv.ensure(PACKAGES)
+    start((*PACKAGES, "torchvision", "torchmetrics", "jinja2", "pyarrow"))
     sys.exit(main())

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from evaluation_parts import FakeGenerator, draw, fill
-from sd3.common.errors import UserError
 from sd3.evaluation.baseline import held_out_rows, read_split, write_training_rows
 from sd3.evaluation.candidates import (
     Candidate,
@@ -21,6 +20,7 @@ from sd3.evaluation.candidates import (
 )
 from sd3.evaluation.images import decode, images_in
 from sd3.evaluation.prompts import SETS, class_noun_of, read_prompts, text_for_clip
+from sd3.inference.errors import UserError
 
 PROMPTS = ["a photo of sks dog", "a sketch of sks dog"]
 
@@ -170,6 +170,7 @@ def test_a_candidate_that_is_not_says_why(text: str, why: str) -> None:
 def test_a_folder_of_pictures_is_read_without_its_contact_sheet(tmp_path: Path) -> None:
     fill(tmp_path, PROMPTS, [8, 23])
     draw("sheet").save(tmp_path / "sheet.png")
+    (tmp_path / ".killed.png").write_bytes(b"half")
     assert sorted(read_folder("a", tmp_path).keys()) == sorted((p, s) for p in PROMPTS for s in (8, 23))
 
 

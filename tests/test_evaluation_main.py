@@ -18,6 +18,7 @@ from PIL import Image
 
 from conftest import prepared
 from evaluation_parts import FakeGenerator, fill, make_feature_models
+from painting import SMALL, make_lora
 from sd3.evaluation import report
 from sd3.evaluation.main import main
 from sd3.evaluation.options import Defaults
@@ -227,6 +228,38 @@ def test_candidates_are_painted_and_compared_with_a_folder(
     assert [candidate["label"] for candidate in found["candidates"]] == ["new", "tuned"]
     assert found["metrics"] == ["clip-t"]
     assert "note: kid was left out: it needs --reference-dir or --dataset." in capsys.readouterr().out
+
+
+def test_the_real_models_are_painted_side_by_side(
+    tiny_model: Path, defaults: Defaults, dog_dir: Path, tmp_path: Path
+) -> None:
+    """Base and LoRA through the inference code itself; the second time nothing is painted."""
+    lora = make_lora(tiny_model, tmp_path / "lo,ra")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of {subject}\na sketch of {subject}\n")
+    arguments = [
+        f"--candidate=label=base,model={tiny_model}",
+        f"--candidate=label=LoRA,model={tiny_model},lora={str(lora).replace(',', chr(92) + ',')}",
+        f"--prompt-set={prompts}", "--seeds", "8", "23", f"--subject-dir={dog_dir}", f"--output-dir={tmp_path / 'out'}",
+        "--painting-batch-size=2", *SMALL,
+    ]  # fmt: skip
+    assert main(arguments, defaults) == 0
+    found = metrics_of(tmp_path / "out")
+    assert [bool(candidate["lora_hash"]) for candidate in found["candidates"]] == [False, True]
+    assert [candidate["pictures"] for candidate in found["candidates"]] == [4, 4]
+    assert found["differences"][0]["metrics"]["dino"]["mean"] != 0
+    assert not [note for note in found["notes"] if "painted with different" in note]
+    painted = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").glob("*/*-*-*.png")}
+    assert len(painted) >= 8
+    assert main(arguments, defaults) == 0
+    assert {path: path.stat().st_mtime_ns for path in painted} == painted
+
+
+def test_what_the_inference_code_refuses_ends_the_evaluation(
+    defaults: Defaults, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"--candidate=label=a,model={tmp_path / 'gone'}", f"--output-dir={tmp_path}", *SMALL], defaults) == 2
+    assert capsys.readouterr().err.startswith(f"--model={tmp_path / 'gone'} is no directory and no hub name")
 
 
 def test_a_data_set_gives_prompts_and_references(defaults: Defaults, pokemon_dir: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sd3.common.errors import UserError
 from sd3.common.files import write_text
 from sd3.common.pictures import Recipe, pictures_in
+from sd3.inference.errors import UserError
 
 KEYS = ("label", "model", "lora")
 # A difference in one of these is no difference between the models, and is said in the report.
@@ -91,7 +90,7 @@ def read_folder(label: str, folder: Path) -> PictureSet:
     if not folder.is_dir():
         raise UserError(f"--pictures={folder} is no directory; give a folder that the inference scripts filled.")
     found = pictures_in(folder)
-    for other in sorted(set(folder.glob("*.png")) - {path for path, _ in found}):
+    for other in sorted(set(folder.glob("[!.]*.png")) - {path for path, _ in found}):
         try:
             with Image.open(other):
                 pass
@@ -138,8 +137,8 @@ def paint(
         UserError: pictures are missing or there twice.
     """
     if generate is None:
-        # Found by name at run time: diffusers is loaded only where pictures are painted.
-        generate = importlib.import_module("sd3.inference.run").generate
+        # Only where pictures are painted is the inference code loaded.
+        from sd3.inference.run import generate
     folder = output / "pictures" / _folder_name(candidate, flags)
     prompts_file = output / "prompts.jsonl"
     write_text(prompts_file, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

@@ -5,19 +5,18 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sd3.common.errors import UserError
+from sd3.common.model_files import HUB_NAME
+from sd3.inference.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 INCEPTION = "inception-v3"
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sd3.common.errors import UserError
 from sd3.evaluation.candidates import Candidate, parse_candidate
 from sd3.evaluation.names import METRICS
 from sd3.evaluation.prompts import class_noun_of
+from sd3.inference.errors import UserError
 
 # Handed to the inference code with their values; a flag that is not given keeps the default there.
 PAINTING = ("steps", "guidance_scale", "height", "width", "dtype")
