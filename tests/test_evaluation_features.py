@@ -13,11 +13,11 @@ from PIL import Image
 
 from conftest import prepared
 from evaluation_parts import CLIP_WIDTH, VIT_WIDTH, draw, make_feature_models
+from sd3.common.command_line import UserError
 from sd3.evaluation.feature_cache import FeatureCache
 from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, InceptionModel, load_kid_model
 from sd3.evaluation.features import extract
 from sd3.evaluation.images import ImageSource, sha256
-from sd3.inference.errors import UserError
 
 
 @pytest.fixture(scope="module")

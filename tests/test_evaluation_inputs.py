@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from evaluation_parts import FakeGenerator, draw, fill
+from sd3.common.command_line import UserError
 from sd3.evaluation.baseline import held_out_rows, read_split, write_training_rows
 from sd3.evaluation.candidates import (
     Candidate,
@@ -20,7 +21,6 @@ from sd3.evaluation.candidates import (
 )
 from sd3.evaluation.images import decode, images_in
 from sd3.evaluation.prompts import SETS, class_noun_of, read_prompts, text_for_clip
-from sd3.inference.errors import UserError
 
 PROMPTS = ["a photo of sks dog", "a sketch of sks dog"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sd3.common.command_line import UserError
 from sd3.common.pictures import PictureError, Recipe, pictures_in, read_recipe, save_picture
-from sd3.inference.errors import UserError
 from sd3.inference.options import Defaults, Options, parse
 from sd3.inference.prompts import Prompt, read_prompts
 

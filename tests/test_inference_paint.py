@@ -12,8 +12,8 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 from painting import make_lora
+from sd3.common.command_line import UserError
 from sd3.common.pictures import Recipe
-from sd3.inference.errors import UserError
 from sd3.inference.paint import Painter, encode_prompts
 from sd3.inference.sources import find_sources
 from sd3.inference.weights import Weights

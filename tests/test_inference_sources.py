@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from painting import make_lora
+from sd3.common.command_line import UserError
 from sd3.common.model_files import MODELS
-from sd3.inference.errors import UserError
 from sd3.inference.sources import find_sources
 
 

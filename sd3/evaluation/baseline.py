@@ -7,9 +7,9 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd3.common.command_line import UserError
 from sd3.common.files import new_directory
 from sd3.evaluation.images import ImageSource
-from sd3.inference.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from sd3.common.command_line import UserError
 from sd3.common.files import write_text
 from sd3.common.pictures import Recipe, pictures_in
-from sd3.inference.errors import UserError
 
 KEYS = ("label", "model", "lora")
 # A difference in one of these is no difference between the models, and is said in the report.

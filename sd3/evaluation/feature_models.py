@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sd3.common.command_line import UserError
 from sd3.common.model_files import HUB_NAME
-from sd3.inference.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sd3.common.command_line import UserError
 from sd3.evaluation.feature_cache import FeatureCache
 from sd3.evaluation.feature_models import FeatureModel
 from sd3.evaluation.images import ImageSource, decode, sha256
-from sd3.inference.errors import UserError
 
 
 def extract(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from sd3.inference.errors import UserError
+from sd3.common.command_line import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sd3.common.command_line import UserError
 from sd3.evaluation.baseline import Split, read_split
 from sd3.evaluation.candidates import Generate, PictureSet, align, paint, read_folder
 from sd3.evaluation.feature_models import INCEPTION, check_name
 from sd3.evaluation.images import ImageSource, images_in
 from sd3.evaluation.prompts import read_prompts
-from sd3.inference.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from sd3.common.command_line import UserError
 from sd3.common.devices import DeviceError
 from sd3.evaluation.baseline import write_training_rows
 from sd3.evaluation.candidates import Generate, GenerationFailed
 from sd3.evaluation.options import Defaults, parse
-from sd3.inference.errors import UserError
 
 
 def main(arguments: Sequence[str], defaults: Defaults, generate: Generate | None = None) -> int:

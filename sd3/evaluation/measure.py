@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from sd3.common.command_line import UserError
 from sd3.evaluation.candidates import PictureSet
 from sd3.evaluation.feature_cache import FeatureCache
 from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, FeatureModel, load_kid_model
 from sd3.evaluation.features import extract
 from sd3.evaluation.images import ImageSource
 from sd3.evaluation.metrics import prompt_fidelity, subject_fidelity
-from sd3.inference.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

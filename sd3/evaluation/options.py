@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from sd3.common.command_line import Parser, UserError
 from sd3.evaluation.candidates import Candidate, parse_candidate
 from sd3.evaluation.names import METRICS
 from sd3.evaluation.prompts import class_noun_of
-from sd3.inference.errors import UserError
 
 # Handed to the inference code with their values; a flag that is not given keeps the default there.
 PAINTING = ("steps", "guidance_scale", "height", "width", "dtype")
@@ -36,18 +35,11 @@ class Defaults:
     output_dir: str
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
-
-
 def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     """All flags."""
-    parser = _Parser(
+    parser = Parser(
         description="Compare pictures of a base model and of fine-tuned ones: CLIP-T, CLIP-I, DINO, KID, FID.",
-        allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
     )  # fmt: skip
     compared = parser.add_argument_group("what is compared")
     add = compared.add_argument

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sd3.inference.errors import UserError
+from sd3.common.command_line import UserError
 
 FOLDER = Path(__file__).parent
 SETS = {"object": FOLDER / "prompts_object.txt", "live-subject": FOLDER / "prompts_live_subject.txt"}

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sd3.common.command_line import UserError
 from sd3.common.files import write_text
 from sd3.common.model_sizes import CLIP_TOKENS, SIZES, ModelSize
 from sd3.inference.benchmark_run import Case, run_case
-from sd3.inference.errors import UserError
 from sd3.inference.paint import T5_TOKENS
 from sd3.inference.ranks import Ranks
 from sd3.inference.run import check_dtype, versions

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
+from sd3.common.command_line import Parser, UserError
 from sd3.common.pictures import PictureError, Recipe, read_recipe
-from sd3.inference.errors import UserError
 from sd3.inference.prompts import Prompt, read_prompts
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -73,16 +72,9 @@ class Options:
         return self.steps - int(self.steps * (1 - self.strength)) if self.image else self.steps
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
-
-
 def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     """All flags, with a script's defaults in the help."""
-    parser = _Parser(description=defaults.summary, allow_abbrev=False)
+    parser = Parser(description=defaults.summary)
     add = parser.add_argument
     shown = defaults.dtype or "float16 on npu and cuda, float32 on a cpu"
     add("--model", metavar="DIR|NAME", help=f"model directory, hub name, run or checkpoint (default {defaults.model})")

@@ -14,7 +14,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import pad
 
-from sd3.inference.errors import UserError
+from sd3.common.command_line import UserError
 from sd3.inference.weights import ENCODERS, Weights, release
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sd3.inference.errors import UserError
+from sd3.common.command_line import UserError
 
 
 class Prompt(NamedTuple):

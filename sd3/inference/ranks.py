@@ -6,7 +6,7 @@ import os
 from typing import TypeVar
 
 from sd3.common import devices
-from sd3.inference.errors import UserError
+from sd3.common.command_line import UserError
 
 T = TypeVar("T")
 

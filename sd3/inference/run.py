@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sd3.common.command_line import UserError
 from sd3.common.pictures import PictureError, Recipe, read_recipe, save_picture
-from sd3.inference.errors import UserError
 from sd3.inference.options import Defaults, Options, parse
 from sd3.inference.ranks import Ranks
 

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd3.common.command_line import UserError
 from sd3.common.model_files import (
     HUB_NAME,
     MODELS,
@@ -20,7 +21,6 @@ from sd3.common.model_files import (
     safetensors_header,
     tensor_shapes,
 )
-from sd3.inference.errors import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 GIVE_LORA = "give a LoRA file, or the run directory or a checkpoint of a LoRA fine-tune"

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd3.inference.errors import UserError
+from sd3.common.command_line import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

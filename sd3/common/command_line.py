@@ -1,0 +1,27 @@
+"""How the Python scripts refuse: in one sentence on standard error, with a status that says whose turn it is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Bad input or something missing; the text is one sentence: the value, what was expected, what to do."""
+
+    def __init__(self, text: str, status: int = 2) -> None:
+        """`status` is the exit status: 2 for bad input, 3 for something that set-up provides."""
+        super().__init__(text)
+        self.status = status
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are sentences, without the usage, and that takes no abbreviations."""
+
+    def __init__(self, **settings: object) -> None:
+        """As argparse's, see there."""
+        super().__init__(allow_abbrev=False, **settings)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message}; see --help.")
