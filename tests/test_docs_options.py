@@ -59,7 +59,8 @@ def test_launchers_share_their_options() -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 @pytest.mark.parametrize(
-    "program", ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh", "sd3/evaluate_sd3.py"]
+    "program",
+    ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh", "sd3/infer_sd3_text2img.py", "sd3/evaluate_sd3.py"],
 )
 def test_the_table_is_the_help(readme: str, program: str) -> None:
     assert options_in_readme(readme, program) == options_in_help(program)

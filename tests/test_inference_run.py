@@ -70,8 +70,8 @@ def test_a_run_writes_pictures_a_contact_sheet_and_an_index(whole: Path, tiny_mo
         assert (recipe.prompt, recipe.seed, recipe.model) == (row["prompt"], row["seed"], str(tiny_model))
         assert recipe.file_name() == row["file"]
     with Image.open(whole / "contact_sheet.png") as sheet:
-        assert sheet.width >= 2 * 64
-        assert sheet.height >= 3 * 64
+        assert sheet.width >= 2 * 128
+        assert sheet.height >= 3 * 128
     with Image.open(whole / rows[0]["file"]) as picture:
         assert picture.size == (64, 64)
         assert json.loads(picture.text["versions"])["device"] == "cpu"
@@ -292,3 +292,25 @@ def test_a_missing_lora_of_the_lora_script_is_an_error(tiny_model: Path, tmp_pat
     status, _, err = finished(script("infer_sd3_text2img_lora.py", f"--model={tiny_model}", *SMALL, cwd=tmp_path))
     assert status == 2
     assert "--lora=./output/pytorch_lora_weights.safetensors does not exist" in err
+
+
+def test_a_contact_sheet_shows_each_picture_in_its_place(tmp_path: Path) -> None:
+    from sd3.common.pictures import Recipe, save_picture
+    from sd3.inference.sheet import MARGIN, ROWS_A_SHEET, write_sheets
+
+    def picture(number: int, seed: int) -> tuple[Path, Recipe]:
+        recipe = Recipe(f"p{number}", "", seed, 1, 1.0, 64, 64, "float32", "m", "h")
+        colour = (number * 5, seed * 100, 200)
+        save_picture(Image.new("RGB", (64, 64), colour), tmp_path / recipe.file_name(), recipe, {})
+        return tmp_path / recipe.file_name(), recipe
+
+    shown = [picture(number, seed) for number in range(ROWS_A_SHEET + 1) for seed in (1, 2)]
+    sheets = write_sheets(tmp_path, shown)
+    assert [path.name for path in sheets] == ["contact_sheet.png", "contact_sheet_2.png"]
+    with Image.open(sheets[0]) as sheet:
+        column = [sheet.getpixel((MARGIN + 10, y)) for y in range(sheet.height)]
+        second = [sheet.getpixel((MARGIN + 128 + MARGIN + 10, y)) for y in range(sheet.height)]
+    for number in range(ROWS_A_SHEET):
+        assert column.count((number * 5, 100, 200)) == second.count((number * 5, 200, 200)) == 128
+    with Image.open(sheets[1]) as sheet:
+        assert sheet.getpixel((MARGIN + 10, sheet.height - 2 * MARGIN - 1)) == (ROWS_A_SHEET * 5, 100, 200)

@@ -8,14 +8,14 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sd3.common.files import new_file, write_text
 from sd3.common.pictures import Recipe, pictures_in
 
 INDEX = "index.jsonl"
 SHEET = "contact_sheet.png"
-THUMBNAIL = 256
+THUMBNAILS = (128, 256)  # a cell's side: that of the pictures within these limits
 MARGIN = 12
 ROWS_A_SHEET = 40  # more prompts go to further sheets: viewers balk at pictures of 100,000 lines
 TEXT_SIZE = 15
@@ -36,36 +36,42 @@ def write_sheets(folder: Path, pictures: Sequence[tuple[Path, Recipe]]) -> list[
     for path, recipe in pictures:
         rows.setdefault((recipe.prompt, recipe.negative_prompt), {})[recipe.seed] = path
     entries = list(rows.items())
+    side = max(max(recipe.height, recipe.width) for _, recipe in pictures)
     written = []
     for number, start in enumerate(range(0, len(entries), ROWS_A_SHEET), 1):
         path = folder / (SHEET if number == 1 else SHEET.replace(".png", f"_{number}.png"))
-        sheet = _sheet(entries[start : start + ROWS_A_SHEET], seeds)
+        sheet = _sheet(entries[start : start + ROWS_A_SHEET], seeds, side)
         with new_file(path) as aside:
             sheet.save(aside, format="PNG")
         written.append(path)
     return written
 
 
-def _sheet(rows: Sequence[tuple[tuple[str, str], dict[int, Path]]], seeds: Sequence[int]) -> Image.Image:
+def _thumbnail(path: Path, cell: int) -> Image.Image:
+    """The picture as large as the cell allows; small ones are enlarged pixel by pixel."""
+    with Image.open(path) as picture:
+        resample = Image.Resampling.LANCZOS if max(picture.size) > cell else Image.Resampling.NEAREST
+        return ImageOps.contain(picture.convert("RGB"), (cell, cell), method=resample)
+
+
+def _sheet(rows: Sequence[tuple[tuple[str, str], dict[int, Path]]], seeds: Sequence[int], side: int) -> Image.Image:
+    cell = min(max(side, THUMBNAILS[0]), THUMBNAILS[1])
     font = ImageFont.load_default(TEXT_SIZE)
     line = TEXT_SIZE + 5
-    width = max(MARGIN + len(seeds) * (THUMBNAIL + MARGIN), 2 * THUMBNAIL)
+    width = max(MARGIN + len(seeds) * (cell + MARGIN), 2 * THUMBNAILS[1])
     letters = int((width - 2 * MARGIN) / (0.5 * TEXT_SIZE))
     captions = [textwrap.wrap(prompt, letters)[:3] for (prompt, _), _ in rows]
-    heights = [len(caption) * line + 6 + THUMBNAIL + 2 * MARGIN for caption in captions]
+    heights = [len(caption) * line + 6 + cell + 2 * MARGIN for caption in captions]
     sheet = Image.new("RGB", (width, line + MARGIN + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, seed in enumerate(seeds):
-        draw.text((MARGIN + column * (THUMBNAIL + MARGIN), MARGIN), f"seed {seed}", fill=FAINT, font=font)
+        draw.text((MARGIN + column * (cell + MARGIN), MARGIN), f"seed {seed}", fill=FAINT, font=font)
     top = line + MARGIN
     for (_, files), caption, height in zip(rows, captions, heights, strict=True):
         draw.text((MARGIN, top + 4), "\n".join(caption), fill=INK, font=font, spacing=5)
         below = top + len(caption) * line + 6
         for column, seed in enumerate(seeds):
             if seed in files:
-                with Image.open(files[seed]) as picture:
-                    thumbnail = picture.convert("RGB")
-                thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-                sheet.paste(thumbnail, (MARGIN + column * (THUMBNAIL + MARGIN), below))
+                sheet.paste(_thumbnail(files[seed], cell), (MARGIN + column * (cell + MARGIN), below))
         top += height
     return sheet
