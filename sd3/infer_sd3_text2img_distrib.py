@@ -19,14 +19,9 @@ SEEDS = [8, 23, 42, 1334]
 
 def main() -> int:
     """Paint; returns the exit status."""
-    from sd3.inference.lora_examples import PROMPTS
-    from sd3.inference.options import Defaults
-    from sd3.inference.run import main as run
+    from sd3.inference.lora_examples import main as run
 
-    settings = Defaults(
-        __doc__, MODEL_PATH, PROMPTS, dtype=DTYPE, lora=LORA_WEIGHTS, output_dir=OUTPUT_DIR, seeds=SEEDS
-    )
-    return run(settings)
+    return run(__doc__, MODEL_PATH, LORA_WEIGHTS, DTYPE, OUTPUT_DIR, SEEDS)
 
 
 if __name__ == "__main__":

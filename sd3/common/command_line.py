@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -25,3 +27,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(f"{message}; see --help.")
+
+
+def make_output_dir(folder: Path) -> None:
+    """Make the directory that --output-dir names, if it is not there.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir={folder} cannot be made ({error.strerror}); name another directory.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir={folder} cannot be written; name a directory that you may write.")

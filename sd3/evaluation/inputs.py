@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +63,6 @@ def check_models(options: argparse.Namespace) -> None:
         check_name("--dino-model", options.dino_model, "a vision transformer")
     if metrics & {"kid", "fid"} and options.kid_model != INCEPTION and not Path(options.kid_model).is_file():
         check_name("--kid-model", options.kid_model, "inception-v3, a file of its weights, or a vision transformer")
-
-
-def make_output(folder: Path) -> None:
-    """Make the output directory.
-
-    Raises:
-        UserError: it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir={folder} cannot be made ({error.strerror}); name another directory.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir={folder} cannot be written; name a directory that you may write.")
 
 
 def gather(options: argparse.Namespace, split: Split | None, generate: Generate | None) -> list[PictureSet]:

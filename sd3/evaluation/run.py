@@ -11,10 +11,11 @@ from typing import Any
 
 import transformers
 
+from sd3.common.command_line import make_output_dir
 from sd3.common.devices import detect
 from sd3.common.files import write_text
 from sd3.evaluation.candidates import Generate, unequal_settings
-from sd3.evaluation.inputs import check_models, gather, make_output, read_references
+from sd3.evaluation.inputs import check_models, gather, read_references
 from sd3.evaluation.measure import Request, measure
 from sd3.evaluation.prompts import text_for_clip
 from sd3.evaluation.report import write_report
@@ -32,7 +33,7 @@ def evaluate(options: argparse.Namespace, generate: Generate | None = None) -> d
     device = detect(options.device)
     check_models(options)
     references = read_references(options)
-    make_output(options.output_dir)
+    make_output_dir(options.output_dir)
     sets = gather(options, references.split, generate)
     text_of = partial(text_for_clip, subject=options.subject, class_noun=options.class_noun)
     request = Request(

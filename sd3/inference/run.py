@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd3.common.command_line import UserError
+from sd3.common.command_line import UserError, make_output_dir
 from sd3.common.pictures import PictureError, Recipe, read_recipe, save_picture
 from sd3.inference.options import Defaults, Options, parse
 from sd3.inference.ranks import Ranks
@@ -105,7 +105,7 @@ def make_plan(options: Options, dtype: str) -> Plan:
     if options.like and options.like[1].digest() not in {recipe.digest() for recipe in recipes}:
         _explain_difference(options, recipes[0])
     pictures = [(options.output_dir / (options.example_name or recipe.file_name()), recipe) for recipe in recipes]
-    _make_folder(options.output_dir)
+    make_output_dir(options.output_dir)
     missing = [(path, recipe) for path, recipe in pictures if options.overwrite or not _is_there(path, recipe)]
     return Plan(sources, pictures, missing, start)
 
@@ -121,15 +121,6 @@ def _explain_difference(options: Options, recipe: Recipe) -> None:
                 f"{option}."
             )
     options.notes.append(f"note: the flags differ from the recipe of {path}; this will be another picture.")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir={folder} cannot be made ({error.strerror}); name another directory.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir={folder} cannot be written; name a directory that you may write.")
 
 
 def _is_there(path: Path, recipe: Recipe) -> bool:
