@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sd3.common import start
+from sd3.common import venv as project_venv
+
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = """import sys
 from pathlib import Path
@@ -71,3 +74,50 @@ def test_without_one_it_exits_3_with_the_command(project: Path, empty_venv: bool
     assert result.returncode == 3
     assert f"run: bash {project / 'setup_env.sh'}" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_old_python_is_no_python_for_the_project(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 8, 18))
+    monkeypatch.setattr(project_venv, "project_python", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        project_venv.ensure([])
+    assert ended.value.code == 3
+    assert "lacks Python 3.10 or later" in capsys.readouterr().err
+
+
+def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
+    """Status that start() ends a script with; None where it lets it go on."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    try:
+        start.start([])
+    except SystemExit as ended:
+        return ended.code
+    return None
+
+
+def test_an_npu_without_torch_npu_or_cann_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "NPU_DEVICE", str(tmp_path / "davinci0"))
+    monkeypatch.setattr(start, "_npu_loads", lambda: False)
+    # Nobody asks for an NPU and there is none; then one is there, then it is turned down, then asked for.
+    assert started(monkeypatch) is None
+    (tmp_path / "davinci0").touch()
+    assert started(monkeypatch) == started(monkeypatch, "--device=auto") == 3
+    assert "setup_env.sh --device=npu" in capsys.readouterr().err
+    assert started(monkeypatch, "--device", "cpu") is None
+    assert started(monkeypatch, "--device=npu", "--help") is None
+    # With torch_npu at hand it is CANN that is missing: its set_env.sh is named where it can be found.
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: object())
+    script = tmp_path / "set_env.sh"
+    script.touch()
+    monkeypatch.setenv("CANN_SET_ENV", str(script))
+    assert started(monkeypatch, "--device=npu") == 3
+    assert f"run: source {script}" in capsys.readouterr().err
+    monkeypatch.setenv("CANN_SET_ENV", str(tmp_path / "none.sh"))
+    assert started(monkeypatch, "--device=npu") == 3
+    assert "name CANN's set_env.sh" in capsys.readouterr().err
+    monkeypatch.setattr(start, "_npu_loads", lambda: True)
+    assert started(monkeypatch, "--device=npu") is None

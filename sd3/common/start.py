@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,15 +17,20 @@ NPU_DEVICE = "/dev/davinci0"
 def start(packages: Sequence[str] = PACKAGES) -> None:
     """Return in an interpreter that can run the script; else run it again in the project's, or exit with status 3."""
     venv.ensure(packages)
-    if _wants_npu() and not _npu_loads():
-        # The launchers' own search, so that there is one list of usual places.
-        search = ["bash", "-c", '. "$1"; cann_set_env', "bash", str(venv.PROJECT / "sd3" / "launch" / "cann.sh")]
-        found = subprocess.run(search, capture_output=True, text=True)
-        place = found.stdout.strip()
-        print(
-            f"CANN's environment is not loaded; run: source {place}" if place else found.stderr.strip(), file=sys.stderr
-        )
+    if not {"-h", "--help"} & set(sys.argv) and _wants_npu() and not _npu_loads():
+        print(_how_to_load_npu(), file=sys.stderr)
         raise SystemExit(3)
+
+
+def _how_to_load_npu() -> str:
+    """What is missing on an NPU machine, in one sentence."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return f"{sys.executable} lacks torch_npu; run: bash {venv.PROJECT / 'setup_env.sh'} --device=npu"
+    # The launchers' own search, so that there is one list of usual places.
+    search = ["bash", "-c", '. "$1"; cann_set_env', "bash", str(venv.PROJECT / "sd3" / "launch" / "cann.sh")]
+    found = subprocess.run(search, capture_output=True, text=True)
+    place = found.stdout.strip()
+    return f"CANN's environment is not loaded; run: source {place}" if place else found.stderr.strip()
 
 
 def _wants_npu() -> bool:
