@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 from sd3.common import devices
 from sd3.common.command_line import UserError
 
 T = TypeVar("T")
+# How long others wait for the first one's plan: it may have to download the model.
+PATIENCE = timedelta(days=1)
 
 
 class Ranks:
@@ -34,11 +37,6 @@ class Ranks:
             )
         own = int(os.environ.get("LOCAL_RANK", "0"))
         self.torch_device = self.device if self.device == "cpu" else f"{self.device}:{own}"
-        self._state = None
-        if self.count > 1:
-            from accelerate import PartialState
-
-            self._state = PartialState(cpu=self.device == "cpu")
 
     @property
     def first(self) -> bool:
@@ -46,19 +44,18 @@ class Ranks:
         return self.index == 0
 
     def share(self, value: T | None) -> T:
-        """The value that the first process gives."""
-        if self._state is None:
+        """The value that the first process gives, for all. It goes over gloo, which needs no accelerator."""
+        if self.count == 1:
             return value  # type: ignore[return-value]
-        from accelerate.utils import broadcast_object_list
+        from torch import distributed
 
-        return broadcast_object_list([value])[0]
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+        carrier = [value]
+        distributed.broadcast_object_list(carrier)
+        distributed.destroy_process_group()
+        return carrier[0]  # type: ignore[return-value]
 
     def own_part(self, items: list[T]) -> list[T]:
         """This process's share: as many in a row as anybody's, so that it meets few prompts."""
         start, end = (len(items) * rank // self.count for rank in (self.index, self.index + 1))
         return items[start:end]
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()

@@ -67,8 +67,7 @@ def _run(options: Options) -> None:
         if there:
             print(f"{there} of {len(plan.pictures)} pictures are there already; --overwrite makes them again.")
     _paint(options, dtype, plan, ranks)
-    ranks.wait()
-    if ranks.first:
+    if ranks.first:  # which has waited for the others' pictures
         _finish(options, plan)
 
 
