@@ -90,7 +90,7 @@ if command -v flock >/dev/null 2>&1; then
 fi
 
 if [ "$DEVICE" = auto ]; then
-  if [ -e /dev/davinci0 ] || command -v npu-smi >/dev/null 2>&1; then DEVICE=npu
+  if npu_device_there || command -v npu-smi >/dev/null 2>&1; then DEVICE=npu
   elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then DEVICE=cuda
   else DEVICE=cpu; fi
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_a_negative_prompt_without_guidance_is_noted() -> None:
         (["--image=x.png", "--strength=0"], "--strength=0 would give the picture back"),
         (["--prompt", " "], "--prompt is empty"),
         (["--prompt=a", "--prompts-file=b.txt"], "exclude each other"),
+        (["--prompt", "caf\udce9"], "is not UTF-8 text"),
+        (["--local-files-only", "--image=https://a.example/b.png"], "--local-files-only forbids to fetch"),
         (["--dtype=float8"], "invalid choice: 'float8'"),
         (["--stepps=4"], "unrecognized arguments: --stepps=4"),
         (["--like=none.png"], "--like: none.png cannot be read as a picture"),
@@ -86,14 +89,34 @@ def test_one_sentence_for_each_mistake(arguments: list[str], said: str) -> None:
     assert said in refused(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("constants", "said"), [({"dtype": "fp16"}, "DTYPE=fp16 is not known"), ({"seeds": []}, "SEEDS is empty")]
+)
+def test_a_constant_edited_wrongly_is_said(constants: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse([], dataclasses.replace(DEFAULTS, **constants))
+
+
+def test_steps_from_a_picture_are_counted_as_the_library_does(tiny_model: Path) -> None:
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    pipeline = StableDiffusion3Img2ImgPipeline.from_pretrained(tiny_model)
+    for steps in (1, 4, 5, 28, 50):
+        for strength in (0.01, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0):
+            pipeline.scheduler.set_timesteps(steps)
+            timesteps, _ = pipeline.get_timesteps(steps, strength, "cpu")
+            ours = options("--image=x.png", f"--steps={steps}", f"--strength={strength}").steps_made
+            assert ours == len(timesteps), (steps, strength)
+
+
 def test_prompt_files(tmp_path: Path) -> None:
     text, table, lines = (tmp_path / f"p.{kind}" for kind in ("txt", "csv", "jsonl"))
     text.write_text("\ufeffa dog, big\n\n# a note\n  a cat \n", encoding="utf-8")
     assert read_prompts(text, "grey") == [("a dog, big", "grey"), ("a cat", "grey")]
     table.write_text('prompt,negative_prompt\n"a dog, big",blurry\na cat,\n')
     assert read_prompts(table, "grey") == [("a dog, big", "blurry"), ("a cat", "grey")]
-    lines.write_text('{"prompt": "a dog"}\n\n{"prompt": "猫", "negative_prompt": "狗"}\n', encoding="utf-8")
-    assert options(f"--prompts-file={lines}").prompts == [("a dog", ""), ("猫", "狗")]
+    lines.write_text('{"prompt": "a\u2028dog"}\n\n{"prompt": "猫", "negative_prompt": "狗"}\n', encoding="utf-8")
+    assert options(f"--prompts-file={lines}").prompts == [("a\u2028dog", ""), ("猫", "狗")]
 
 
 @pytest.mark.parametrize(
@@ -132,8 +155,6 @@ def test_a_foreign_picture_has_no_recipe(tmp_path: Path) -> None:
 
 
 def test_names_tell_recipes_apart_and_places_do_not_count() -> None:
-    import dataclasses
-
     assert RECIPE.file_name().startswith(f"a-red-dog-50-off-naïve-日本-{2**64 - 1}-")
     other_prompt = {"prompt": "A Red dog, 50% off: naïve/日本?"}
     for change in ({"seed": 1}, other_prompt, {"lora_scale": 1.0}, {"dtype": "float32"}):

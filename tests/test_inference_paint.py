@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from painting import make_lora
 from sd3.common.command_line import UserError
@@ -151,8 +154,31 @@ def test_too_little_memory_is_said(tiny_model: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(painter.pipeline.vae, "decode", exhausted)
     (wanted,) = recipes()[:1]
-    with pytest.raises(UserError, match="too little memory for --batch-size=1; lower it, or give --vae-tiling=on"):
+    with pytest.raises(UserError, match="too little memory; lower --batch-size=1, or give --vae-tiling=on"):
         painter.paint([wanted], encode_prompts(weights, [wanted.prompt], CPU))
+
+
+def test_missing_weights_are_an_error_and_not_drawn_at_random(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    for part in ("text_encoder", "text_encoder_3", "transformer", "vae"):
+        (file,) = (model / part).glob("*.safetensors")
+        tensors = load_file(file)
+        key = sorted(tensors)[-1]
+        save_file({name: tensor for name, tensor in tensors.items() if name != key}, file, {"format": "pt"})
+    weights = weights_of(model)
+    spoilt = (weights.transformer, weights.vae, partial(weights.text_encoder, "text_encoder", CPU))
+    for load in (*spoilt, partial(weights.text_encoder, "text_encoder_3", CPU)):
+        with pytest.raises(UserError, match="get it again"):
+            load()
+    weights.text_encoder("text_encoder_2", CPU)
+
+
+def test_batches_in_several_processes_differ_by_rounding_alone(tiny_model: Path) -> None:
+    """Shares of 2 processes end in batches of other sizes than one process has."""
+    wanted = recipes()
+    whole = paint(weights_of(tiny_model), wanted, 4)
+    shares = np.concatenate([paint(weights_of(tiny_model), part, 4) for part in (wanted[:3], wanted[3:])])
+    assert abs(whole - shares).max() <= ONE_LEVEL
 
 
 @pytest.mark.long

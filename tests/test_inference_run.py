@@ -67,7 +67,7 @@ def test_a_run_writes_pictures_a_contact_sheet_and_an_index(whole: Path, tiny_mo
     assert [row["file"] for row in rows] == list(pictures(whole))
     for row in rows:
         recipe = read_recipe(whole / row["file"])
-        assert (recipe.prompt, recipe.seed, recipe.model) == (row["prompt"], row["seed"], str(tiny_model))
+        assert (recipe.prompt, recipe.seed, recipe.model) == (row["prompt"], row["seed"], str(tiny_model.resolve()))
         assert recipe.file_name() == row["file"]
     with Image.open(whole / "contact_sheet.png") as sheet:
         assert sheet.width >= 2 * 128
@@ -141,6 +141,26 @@ def test_more_processes_than_devices_are_refused(
     assert "--num_processes=4 is more than the 2 visible cuda devices" in capsys.readouterr().err
 
 
+def apart(rank: int, port: int, *arguments: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """One of two processes, started by hand: no launcher watches over them, as under srun."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    environment = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", **env}
+    return script("infer_sd3_text2img_distrib.py", *arguments, cwd=cwd, **environment)
+
+
+def test_a_process_that_fails_is_heard_and_not_waited_for(tiny_model: Path, tmp_path: Path) -> None:
+    """Rank 1 cannot read a weight that rank 0, which has loaded all by then, does not miss."""
+    port = free_port()
+    arguments = flags(tiny_model, tmp_path / "out", "--device=cpu")
+    first = apart(0, port, *arguments, cwd=tmp_path)
+    second = apart(1, port, *arguments, cwd=tmp_path, SD3_TEST_FAIL="1", PYTHONPATH=str(PROJECT / "tests" / "failing"))
+    _, _, err = finished(second)
+    assert "process 1 of 2: " in err
+    status, _, err = finished(first, timeout=60)
+    assert status == 1
+    assert "another process ended early" in err
+
+
 def test_killed_and_started_again(whole: Path, tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     process = script("infer_sd3_text2img.py", *flags(tiny_model, folder), cwd=tmp_path)
@@ -178,6 +198,29 @@ def test_a_picture_is_made_again_like_another(
     shown = capsys.readouterr()
     assert "this will be another picture" in shown.err
     assert "differs by up to" in shown.out
+
+
+def test_like_never_replaces_the_original(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the original's own directory, and from another place than the first run's."""
+    monkeypatch.chdir(tiny_model.parent)
+    one = [f"--model={tiny_model.name}", *SMALL, "--prompt=a", "--seeds", "1", f"--output-dir={tmp_path}"]
+    assert generate(one) == 0
+    (name,) = pictures(tmp_path)
+    before = pictures(tmp_path)[name]
+    monkeypatch.chdir(tmp_path)
+    assert generate([f"--like={name}", "--device=cpu", "--output-dir=."]) == 0
+    again = name.replace(".png", "-again.png")
+    assert f"{again} has the same pixels as {name}" in capsys.readouterr().out
+    assert pictures(tmp_path) == {name: before, again: before}
+
+
+def test_a_size_the_model_was_not_made_for(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(flags(tiny_model, tmp_path, "--height=512")) == 2
+    assert "--height=512 is more than" in capsys.readouterr().err
 
 
 def test_like_refuses_a_model_that_has_changed(
@@ -247,6 +290,7 @@ def test_image_to_image_from_a_file_and_from_an_address(
     assert generate(by_file) == generate(by_address) == 0
     assert pictures(tmp_path / "file").keys() == pictures(tmp_path / "address").keys()
     assert generate([*common, f"--image={address}/none.png"]) == 2
+    assert generate([*common, f"--image={address}/my cat.png"]) == 2
     server.shutdown()
     (tmp_path / "text.png").write_text("no picture")
     assert generate([*common, f"--image={tmp_path / 'text.png'}"]) == 2
@@ -312,5 +356,8 @@ def test_a_contact_sheet_shows_each_picture_in_its_place(tmp_path: Path) -> None
         second = [sheet.getpixel((MARGIN + 128 + MARGIN + 10, y)) for y in range(sheet.height)]
     for number in range(ROWS_A_SHEET):
         assert column.count((number * 5, 100, 200)) == second.count((number * 5, 200, 200)) == 128
+    write_sheets(tmp_path, shown[:2])
+    assert not sheets[1].exists()
+    write_sheets(tmp_path, shown)
     with Image.open(sheets[1]) as sheet:
         assert sheet.getpixel((MARGIN + 10, sheet.height - 2 * MARGIN - 1)) == (ROWS_A_SHEET * 5, 100, 200)

@@ -43,6 +43,7 @@ def test_a_model_directory(tiny_model: Path) -> None:
     assert set(MODELS) < set(sources.parts)
     assert all(folder.parent == tiny_model and folder.is_dir() for folder in sources.parts.values())
     assert (sources.lora, sources.lora_hash()) == (None, "")
+    assert find_sources(str(tiny_model), default_lora="").lora is None
 
 
 def test_the_output_of_a_full_fine_tune_is_a_model_directory(tiny_model: Path, tmp_path: Path) -> None:
@@ -75,6 +76,11 @@ def test_a_lora_run_stands_for_its_base_with_it(tiny_model: Path, lora: Path, tm
     assert sources.parts["transformer"] == tiny_model / "transformer"
     assert sources.lora == run / inside / lora.name
     assert find_sources(str(tiny_model), str(run / inside)).lora == sources.lora
+    # Its own LoRA comes before a script's default, may be named once more, and is not silently replaced.
+    own = run / inside
+    assert find_sources(str(own), default_lora=str(lora)).lora == sources.lora
+    assert find_sources(str(own), str(own)).lora == sources.lora
+    assert "brings its own LoRA" in refused(own, lora)
 
 
 def test_a_lora_by_file_and_by_directory(tiny_model: Path, lora: Path) -> None:
@@ -95,7 +101,7 @@ def test_the_hash_of_a_model_is_that_of_its_content(tiny_model: Path, tmp_path: 
 
 
 def test_large_weights_are_sampled_at_both_ends_and_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd3.common.model_files.SAMPLE_BYTES", 4)
+    monkeypatch.setattr("sd3.common.model_files.BLOCK_BYTES", 4)
     from sd3.common.model_files import content_hash
 
     file = tmp_path / "part" / "weights.bin"
@@ -103,11 +109,27 @@ def test_large_weights_are_sampled_at_both_ends_and_between(tmp_path: Path, monk
     content = bytearray(range(200))
     file.write_bytes(content)
     before = content_hash([file.parent])
-    for place in (0, 199, 28):
+    for place in (0, 199, 28):  # blocks of a file that is no safetensors file
         changed = bytearray(content)
         changed[place] ^= 1
         file.write_bytes(changed)
         assert content_hash([file.parent]) != before, place
+
+
+def test_every_tensor_counts_in_the_hash_of_large_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3.common.model_files.BLOCK_BYTES", 64)
+    monkeypatch.setattr("sd3.common.model_files.SAMPLE_BYTES", 16)
+    from sd3.common.model_files import content_hash
+
+    part = tmp_path / "part"
+    part.mkdir()
+    tensors = {f"t{number}": torch.zeros(100) for number in range(50)} | {"short": torch.zeros(1)}
+    save_file(tensors, part / "weights.safetensors")
+    hashes = {content_hash([part])}
+    for name, tensor in tensors.items():
+        save_file({**tensors, name: tensor + 1}, part / "weights.safetensors")
+        hashes.add(content_hash([part]))
+    assert len(hashes) == 52
 
 
 def test_models_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
@@ -117,6 +139,14 @@ def test_models_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "partial" / "text_encoder_3")
     (tmp_path / "partial" / "vae" / "config.json").unlink()
     assert "vae/config.json, text_encoder_3/config.json missing" in refused(tmp_path / "partial")
+    shutil.copytree(tiny_model, tmp_path / "wordless")
+    (tmp_path / "wordless" / "tokenizer" / "vocab.json").unlink()
+    (tmp_path / "wordless" / "tokenizer_3" / "tokenizer.json").unlink()
+    assert "tokenizer/vocab.json, tokenizer_3/spiece.model missing" in refused(tmp_path / "wordless")
+    cut = run_of(tmp_path / "cut", str(tiny_model), tiny_model / "transformer")
+    (weights,) = (cut / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert "is cut short; use another checkpoint" in refused(cut)
     assert "let the run finish" in refused(run_of(tmp_path / "unfinished", str(tiny_model)))
     gone = run_of(tmp_path / "orphan", str(tmp_path / "gone"), tiny_model / "transformer")
     assert f"was trained from {tmp_path / 'gone'}, which cannot be used" in refused(gone)
@@ -128,6 +158,8 @@ def test_models_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
     ("spoil", "said"),
     [
         (lambda tensors: {}, "holds no weights"),
+        (lambda tensors: {key: value for key, value in tensors.items() if "lora_A" in key}, "half of transformer.tr"),
+        (lambda tensors: {key: value.flatten() for key, value in tensors.items()}, "is no matrix"),
         (lambda tensors: {"lora_unet_down.alpha": torch.ones(1)}, "is no LoRA of SD3 in diffusers' format"),
         (lambda tensors: {"unet.a.lora_A.weight": torch.ones(4, 4)}, "is no LoRA of SD3 in diffusers' format"),
         (lambda tensors: {f"{key}x": value for key, value in tensors.items()}, "is no LoRA of SD3"),
@@ -144,7 +176,7 @@ def test_models_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
             "differ in rank",
         ),
     ],
-    ids=["empty", "kohya", "unet", "no pair", "more blocks", "wider", "ranks"],
+    ids=["empty", "half", "flat", "kohya", "unet", "no pair", "more blocks", "wider", "ranks"],
 )
 def test_loras_that_cannot_be_used(tiny_model: Path, lora: Path, tmp_path: Path, spoil, said: str) -> None:
     tensors = {key: value for key, value in load_file(lora).items() if key.startswith("transformer.")}

@@ -100,11 +100,13 @@ def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
 def test_an_npu_without_torch_npu_or_cann_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "NPU_DEVICE", str(tmp_path / "davinci0"))
+    monkeypatch.setattr(start, "NPU_DEVICES", str(tmp_path / "davinci[0-9]*"))
     monkeypatch.setattr(start, "_npu_loads", lambda: False)
     # Nobody asks for an NPU and there is none; then one is there, then it is turned down, then asked for.
     assert started(monkeypatch) is None
-    (tmp_path / "davinci0").touch()
+    (tmp_path / "davinci_manager").touch()
+    assert started(monkeypatch) is None
+    (tmp_path / "davinci4").touch()
     assert started(monkeypatch) == started(monkeypatch, "--device=auto") == 3
     assert "setup_env.sh --device=npu" in capsys.readouterr().err
     assert started(monkeypatch, "--device", "cpu") is None

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
-SAMPLES = 8  # blocks of a weight file that its hash reads
-SAMPLE_BYTES = 1 << 20
+# What the hash of a model reads of a large file: samples of each tensor, or blocks where no header names tensors.
+SAMPLE_BYTES = 4096
+BLOCKS, BLOCK_BYTES = 8, 1 << 20
 
 
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -80,23 +81,10 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
     if not root.is_dir():
         return [f"{option}={name} is a file; give the directory with model_index.json in it."]
     missing = [] if (root / "model_index.json").is_file() else ["model_index.json"]
-    broken = []
-    for part in (*MODELS, "scheduler"):
-        config = "scheduler_config.json" if part == "scheduler" else "config.json"
-        if not (root / part / config).is_file():
-            missing.append(f"{part}/{config}")
-        elif part != "scheduler":
-            files, absent = weight_files(root / part)
-            missing += absent
-            for file in files:
-                try:
-                    if file.suffix == ".safetensors":
-                        safetensors_parameters(file)
-                except ValueError as error:
-                    broken.append(f"{part}/{file.name} {error}")
-    for part in TOKENIZERS:
-        if not (root / part / "tokenizer_config.json").is_file():
-            missing.append(f"{part}/tokenizer_config.json")
+    missing += [what for part in MODELS for what in missing_files(root / part)]
+    missing += [name for name in ("scheduler/scheduler_config.json",) if not (root / name).is_file()]
+    missing += [what for part in TOKENIZERS for what in missing_tokenizer_files(root / part)]
+    broken = [what for part in MODELS for what in damaged_files(root / part)]
     problems = []
     if missing:
         problems.append(f"{option}={name} is incomplete: {', '.join(missing)} missing; download the model again.")
@@ -105,12 +93,38 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
     return problems
 
 
+def missing_files(part: Path) -> list[str]:
+    """Files that a part of the pipeline lacks, as the pipeline directory names them."""
+    if not (part / "config.json").is_file():
+        return [f"{part.name}/config.json"]
+    return weight_files(part)[1]
+
+
+def missing_tokenizer_files(part: Path) -> list[str]:
+    """Files that a tokenizer lacks: CLIP's needs its vocabulary and merges, T5's either of two forms."""
+    needed = [("tokenizer_config.json",)]
+    needed += [("spiece.model", "tokenizer.json")] if part.name == "tokenizer_3" else [("vocab.json",), ("merges.txt",)]
+    return [f"{part.name}/{names[0]}" for names in needed if not any((part / name).is_file() for name in names)]
+
+
+def damaged_files(part: Path) -> list[str]:
+    """Weight files of a part that are cut short or are something else, each with what is wrong."""
+    found = []
+    for file in weight_files(part)[0]:
+        try:
+            if file.suffix == ".safetensors":
+                safetensors_parameters(file)
+        except ValueError as error:
+            found.append(f"{part.name}/{file.name} {error}")
+    return found
+
+
 def content_hash(parts: Iterable[Path]) -> str:
     """A hash of what the folders hold, in hexadecimal, under the names of the folders.
 
-    Small files count whole. Of a weight file count its length, its first bytes with the names and shapes, and blocks
-    spread evenly over it: reading 30 GB for each picture would take longer than painting it, and training changes
-    all weights.
+    Small files count whole. Of a safetensors file count its header and three short samples of every tensor: reading
+    30 GB before each run would take longer than painting, and a tensor that was trained is changed all over. Of other
+    large files count blocks spread evenly.
     """
     digest = hashlib.sha256()
     for folder in sorted(parts, key=lambda path: path.name):
@@ -118,19 +132,34 @@ def content_hash(parts: Iterable[Path]) -> str:
             size = file.stat().st_size
             digest.update(f"{folder.name}/{file.relative_to(folder).as_posix()} {size}\n".encode())
             with file.open("rb") as stream:
-                if size <= SAMPLES * SAMPLE_BYTES:
-                    digest.update(stream.read())
-                    continue
-                for number in range(SAMPLES):
-                    stream.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
-                    digest.update(stream.read(SAMPLE_BYTES))
+                for start, length in _sampled(file, size):
+                    stream.seek(start)
+                    digest.update(stream.read(length))
     return digest.hexdigest()
+
+
+def _sampled(file: Path, size: int) -> Iterator[tuple[int, int]]:
+    """Start and length of what counts of a file."""
+    if size <= BLOCKS * BLOCK_BYTES:
+        yield 0, size
+        return
+    try:
+        spans = sorted(entry["data_offsets"] for entry in safetensors_header(file).values())
+    except ValueError:
+        yield from ((number * (size - BLOCK_BYTES) // (BLOCKS - 1), BLOCK_BYTES) for number in range(BLOCKS))
+        return
+    data = size - max(end for _, end in spans)
+    yield 0, data
+    for start, end in spans:
+        length = min(SAMPLE_BYTES, end - start)
+        for place in (start, (start + end - length) // 2, end - length):
+            yield data + place, length
 
 
 def file_hash(file: Path) -> str:
     """SHA-256 of a whole file, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(SAMPLE_BYTES):
+        while block := stream.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

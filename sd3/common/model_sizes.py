@@ -7,7 +7,10 @@ saved on it would be saved on SD3 medium. tests/test_flops.py holds it to that.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 LATENT_CHANNELS = 16
 PATCH = 2
@@ -78,3 +81,28 @@ SIZES = {
         layers=24, heads=24, head_width=64, sample_size=128, positions=192,
     ),
 }  # fmt: skip
+
+
+def size_of(parts: Mapping[str, Path]) -> ModelSize:
+    """The dimensions of a pipeline, from the configurations of its parts (`parts`: folder of each by its name)."""
+    config = {
+        name: json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name, folder in parts.items()
+        if (folder / "config.json").is_file()
+    }
+    clips = [
+        Clip(one["hidden_size"], one["num_hidden_layers"], one["num_attention_heads"], one["intermediate_size"],
+             one["projection_dim"])
+        for one in (config["text_encoder"], config["text_encoder_2"])
+    ]  # fmt: skip
+    t5, vae, transformer = config["text_encoder_3"], config["vae"], config["transformer"]
+    return ModelSize(
+        clips=(clips[0], clips[1]),
+        t5_width=t5["d_model"], t5_feed_forward=t5["d_ff"], t5_layers=t5["num_layers"], t5_heads=t5["num_heads"],
+        t5_head_width=t5["d_kv"], t5_rows=t5["vocab_size"],
+        vae_channels=tuple(vae["block_out_channels"]), vae_layers=vae["layers_per_block"],
+        vae_groups=vae["norm_num_groups"],
+        layers=transformer["num_layers"], heads=transformer["num_attention_heads"],
+        head_width=transformer["attention_head_dim"], sample_size=transformer["sample_size"],
+        positions=transformer["pos_embed_max_size"],
+    )  # fmt: skip

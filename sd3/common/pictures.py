@@ -87,16 +87,17 @@ def read_recipe(path: Path) -> Recipe:
     from PIL import Image
 
     try:
+        # Text chunks that stand before the pixels are in `info`; asking for `text` would decode the picture.
         with Image.open(path) as image:
-            chunks = dict(getattr(image, "text", {}))
-    except (OSError, ValueError, SyntaxError) as error:
+            chunks = dict(image.info)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PictureError(f"{path} cannot be read as a picture ({error}); name a PNG file.") from None
     values: dict[str, object] = {}
     try:
         for field in dataclasses.fields(Recipe):
             text = chunks[field.name]
             values[field.name] = text if field.type == "str" else json.loads(text)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         raise PictureError(
             f"{path} carries no recipe; name a PNG file made by this project's inference scripts."
         ) from None

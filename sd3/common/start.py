@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from sd3.common import venv
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "PIL", "tqdm")
-NPU_DEVICE = "/dev/davinci0"
+NPU_DEVICES = "/dev/davinci[0-9]*"  # a container may have been given any of them, not the first
 
 
 def start(packages: Sequence[str] = PACKAGES) -> None:
@@ -37,7 +37,7 @@ def _wants_npu() -> bool:
     """Is an NPU asked for, or there and not turned down?"""
     given = [argument.split("=", 1)[1] for argument in sys.argv if argument.startswith("--device=")]
     given += [value for option, value in zip(sys.argv, sys.argv[1:], strict=False) if option == "--device"]
-    return given[-1] == "npu" if given and given[-1] != "auto" else os.path.exists(NPU_DEVICE)
+    return given[-1] == "npu" if given and given[-1] != "auto" else bool(glob.glob(NPU_DEVICES))
 
 
 def _npu_loads() -> bool:

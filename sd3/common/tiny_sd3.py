@@ -4,7 +4,7 @@ It has every part of the published model (transformer, VAE, two CLIP text encode
 tokenizers, scheduler) in the published layout, so whatever loads SD3 loads it. It paints noise: it proves that code
 runs, not that it learns.
 
-    python -m sd3.common.tiny_sd3 --output DIR [--size tiny|proportional] [--seed 0]
+    python -m sd3.common.tiny_sd3 --output DIR [--size SIZE] [--seed 0]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from sd3.common.files import new_directory
 from sd3.common.model_sizes import SIZES, ModelSize
 
-MADE = ("tiny", "proportional")  # sizes that a CPU makes and runs in seconds
+MADE = ("tiny", "proportional", "sd3-medium")  # the last one takes minutes, 15 GB in float16 and 40 GB of memory
 
 
 def _clip_tokenizer(folder: Path) -> None:
@@ -69,15 +69,16 @@ def _write_parts(folder: Path, seed: int, size: ModelSize, half: bool) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {
-            "text_encoder": model_parts.make_clip(size.clips[0], clip_vocabulary),
-            "text_encoder_2": model_parts.make_clip(size.clips[1], clip_vocabulary),
-            "text_encoder_3": model_parts.make_t5(size, t5_vocabulary),
-            "vae": model_parts.make_vae(size),
-            "transformer": model_parts.make_transformer(size),
+        makers = {
+            "text_encoder": lambda: model_parts.make_clip(size.clips[0], clip_vocabulary),
+            "text_encoder_2": lambda: model_parts.make_clip(size.clips[1], clip_vocabulary),
+            "text_encoder_3": lambda: model_parts.make_t5(size, t5_vocabulary),
+            "vae": lambda: model_parts.make_vae(size),
+            "transformer": lambda: model_parts.make_transformer(size),
         }
-    for name, part in parts.items():
-        (part.half() if half else part).save_pretrained(folder / name)
+        for name, make in makers.items():  # one part in memory at a time
+            part = make()
+            (part.half() if half else part).save_pretrained(folder / name)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusion3Pipeline",

@@ -15,32 +15,36 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sd3.common.command_line import UserError
+from sd3.common import flops
+from sd3.common.command_line import Parser, UserError
 from sd3.common.files import write_text
-from sd3.common.model_sizes import CLIP_TOKENS, SIZES, ModelSize
+from sd3.common.model_sizes import CLIP_TOKENS, SIZES, ModelSize, size_of
+from sd3.common.tiny_sd3 import MADE, make_tiny_sd3
 from sd3.inference.benchmark_run import Case, run_case
 from sd3.inference.paint import T5_TOKENS
 from sd3.inference.ranks import Ranks
 from sd3.inference.run import check_dtype, versions
+from sd3.inference.sources import find_sources
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Paint the same pictures with the published loop (every part on the device, every prompt encoded "
         "for every seed, one picture at a time) and with this project's, in alternation, and compare time and memory."
     )
     add = parser.add_argument
     add(
-        "--model", default="proportional", metavar="proportional|DIR",
-        help="proportional (default): random weights with SD3 medium's shares of arithmetic and memory, made here",
+        "--model", default="proportional", metavar="SIZE|DIR",
+        help="a model directory, or random weights made here: tiny, proportional (default: SD3 medium's shares of "
+        "arithmetic and memory), sd3-medium (its real size: 15 GB on the disk, 40 GB of host memory)",
     )  # fmt: skip
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="where to paint")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="default float16, on a cpu float32")
     add("--prompts", type=int, default=8, help="number of prompts (default 8)")
     add("--seeds", type=int, default=4, help="pictures of each prompt (default 4)")
     add("--steps", type=int, default=28, help="denoising steps (default 28)")
-    add("--side", type=int, help="pixels a side (default 256 for proportional, else 1024)")
+    add("--side", type=int, help="pixels a side (default 256 for proportional, 128 for tiny, else 1024)")
     add("--guidance-scale", type=float, default=1.0, help="guidance scale (default 1, as published)")
     add("--batch-sizes", type=int, nargs="+", default=[1], help="our batch sizes, each compared apart (default 1)")
     add("--pairs", type=int, default=3, help="paired runs (default 3)")
@@ -52,14 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str], script: Path) -> int:
     """Command line of `script`; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    if options.one:
-        with tempfile.TemporaryDirectory() as folder:
-            case = Case(**json.load(sys.stdin))
-            measured = run_case(case, options.one == "ours", Path(folder))
-        json.dump(dataclasses.asdict(measured), sys.stdout)
-        return 0
     try:
+        options = build_parser().parse_args(arguments)
+        if options.one:
+            with tempfile.TemporaryDirectory() as folder:
+                case = Case(**json.load(sys.stdin))
+                measured = run_case(case, options.one == "ours", Path(folder))
+            json.dump(dataclasses.asdict(measured), sys.stdout)
+            return 0
         with tempfile.TemporaryDirectory() as scratch:
             result = _compare(options, script, Path(scratch))
     except UserError as error:
@@ -75,15 +79,17 @@ def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
     counts = (options.prompts, options.seeds, options.steps, options.pairs, *options.batch_sizes)
     if min(counts) < 1:
         raise UserError(f"--prompts, --seeds, --steps, --pairs and --batch-sizes are at least 1; got {min(counts)}.")
-    ranks = Ranks(options.device)
+    if options.side is not None and (options.side % 16 or options.side < 64):
+        raise UserError(f"--side={options.side} is no multiple of 16 from 64 on; give for example 256.")
+    ranks = Ranks()
+    ranks.take_device(options.device)
     dtype = options.dtype or ("float32" if ranks.device == "cpu" else "float16")
     check_dtype(ranks.torch_device, dtype)
     model, side = options.model, options.side or 1024
-    if options.model == "proportional":
-        from sd3.common.tiny_sd3 import make_tiny_sd3
-
-        model, side = str(scratch / "model"), options.side or 256
-        make_tiny_sd3(Path(model), size="proportional", half=True)
+    if options.model in MADE:
+        model, side = str(scratch / "model"), options.side or 8 * SIZES[options.model].sample_size
+        make_tiny_sd3(Path(model), size=options.model, half=True)
+    size = size_of(find_sources(model, local_files_only=True).parts)
     case = Case(
         model, ranks.torch_device, dtype, options.prompts, options.seeds, options.steps, side, options.guidance_scale
     )
@@ -99,11 +105,10 @@ def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
                 bar.set_postfix_str(name)
                 runs[name].append(_child(script, name, one))
                 bar.update()
-    size = SIZES["proportional"] if options.model == "proportional" else None
     return {
         "case": {**dataclasses.asdict(case), "model": options.model},
         "machine": {"processor": platform.processor() or platform.machine(), **versions(ranks.device)},
-        "bound": bound(size, case) if size else None,
+        "bound": bound(size, case),
         "runs": runs,
         "ratios": {name: ratios(runs["published"], found) for name, found in runs.items() if name != "published"},
     }
@@ -134,8 +139,6 @@ def ratios(published: Sequence[dict], ours: Sequence[dict]) -> dict[str, dict[st
 def bound(size: ModelSize, case: Case) -> float:
     """How much faster arithmetic allows ours to be at batch 1: all operations of the published loop, over those left
     when each distinct prompt is encoded once. Guidance doubles the denoising, and the published loop's encoding."""
-    from sd3.common import flops
-
     guided = case.guidance_scale > 1
     denoise = case.steps * flops.transformer_cost(size, case.side, CLIP_TOKENS + T5_TOKENS).flops * (2 if guided else 1)
     decode = flops.decoder_cost(size, case.side).flops
@@ -153,15 +156,14 @@ def as_table(result: dict) -> str:
         f"{case['side']}x{case['side']}, guidance {case['guidance_scale']:g}, {case['dtype']}, {case['device']}, "
         f"{len(published)} pairs",
         "",
-        "| run | pictures/s | speed against published: min, median, max | peak memory against published |",
+        "| run | pictures/s | speed, of published: min, median, max | peak memory, of published: min, median, max |",
         "|---|---|---|---|",
     ]
     for name, runs in result["runs"].items():
         rate = statistics.median(run["pictures"] / run["seconds"] for run in runs)
         against = result["ratios"].get(name)
         speed = ", ".join(f"{against['speed'][key]:.3f}" for key in ("min", "median", "max")) if against else "1"
-        memory = f"{against['memory']['median']:.2f}" if against else "1"
+        memory = ", ".join(f"{against['memory'][key]:.2f}" for key in ("min", "median", "max")) if against else "1"
         lines.append(f"| {name} | {rate:.3f} | {speed} | {memory} |")
-    if result["bound"]:
-        lines += ["", f"Bound set by arithmetic for batch 1: {result['bound']:.4f}."]
+    lines += ["", f"Bound set by arithmetic for batch 1: {result['bound']:.4f}."]
     return "\n".join(lines)

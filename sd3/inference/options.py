@@ -54,6 +54,7 @@ class Options:
     batch_size: int
     output_dir: Path
     lora: str
+    default_lora: str
     lora_scale: float
     image: str
     strength: float
@@ -69,7 +70,8 @@ class Options:
     @property
     def steps_made(self) -> int:
         """Denoising steps really made: from a picture, the first ones are left out, as the library's pipeline does."""
-        return self.steps - int(self.steps * (1 - self.strength)) if self.image else self.steps
+        left_out = int(max(self.steps - min(self.steps * self.strength, self.steps), 0)) if self.image else 0
+        return self.steps - left_out
 
 
 def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
@@ -132,9 +134,14 @@ def parse(arguments: Sequence[str], defaults: Defaults) -> Options:
     strength = given.strength or (like.strength if like and like.image else defaults.strength)
     tiling = given.vae_tiling or ("auto" if not like else "on" if like.vae_tiling else "off")
     seeds = given.seeds or ([like.seed] if like else defaults.seeds)
+    dtype = first("dtype", defaults.dtype)
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"DTYPE={dtype} is not known; use one of {', '.join(DTYPES)}, or None.")
+    if not seeds:
+        raise UserError("SEEDS is empty; name at least one seed.")
     options = Options(
         model=str(first("model", defaults.model)),
-        dtype=first("dtype", defaults.dtype),  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
         device=given.device or "auto",
         prompts=_prompts(given, like, defaults),
         seeds=list(dict.fromkeys(_integer("--seeds", seed, 0, SEED_LIMIT - 1) for seed in seeds)),
@@ -144,7 +151,8 @@ def parse(arguments: Sequence[str], defaults: Defaults) -> Options:
         width=width,
         batch_size=_integer("--batch-size", given.batch_size or 1, 1, 1024),
         output_dir=given.output_dir or Path(defaults.output_dir),
-        lora=str(first("lora", defaults.lora)),
+        lora=str(first("lora", "")),
+        default_lora=defaults.lora if given.lora is None and not like else "",
         lora_scale=_number("--lora-scale", lora_scale, -10, 10),
         image=str(first("image", defaults.image)),
         strength=_number("--strength", strength, 0, 1),
@@ -157,6 +165,8 @@ def parse(arguments: Sequence[str], defaults: Defaults) -> Options:
     )
     if options.image and options.strength == 0:
         raise UserError("--strength=0 would give the picture back as it is; give a number above 0, to 1.")
+    if options.local_files_only and options.image.startswith(("http://", "https://")):
+        raise UserError(f"--local-files-only forbids to fetch --image={options.image}; download it and give its path.")
     own_example = not (given.prompt or given.prompts_file or given.seeds or like or given.image)
     options.example_name = defaults.example_name if own_example else ""
     if options.guidance_scale <= 1 and any(prompt.negative for prompt in options.prompts):
@@ -187,6 +197,11 @@ def _prompts(given: argparse.Namespace, like: Recipe | None, defaults: Defaults)
         prompts = [Prompt(like.prompt, like.negative_prompt if given.negative_prompt is None else negative)]
     else:
         prompts = [Prompt(text, own if given.negative_prompt is None else negative) for text, own in defaults.prompts]
+    for text in (text for prompt in prompts for text in prompt):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt={ascii(text)} is not UTF-8 text; mind the terminal's encoding.") from None
     return list(dict.fromkeys(prompts))
 
 

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import pad
 
 from sd3.common.command_line import UserError
-from sd3.inference.weights import ENCODERS, Weights, release
+from sd3.inference.weights import ENCODERS, Weights, release, told_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +42,8 @@ def encode_prompts(weights: Weights, texts: Iterable[str], device: torch.device)
     hidden: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
     pooled: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
     for part in ENCODERS:
-        tokenizer, encoder = weights.text_encoder(part, device)
+        with told_of_memory(device.type, f"{part} alone does not fit; use --dtype=float16, another device or the cpu"):
+            tokenizer, encoder = weights.text_encoder(part, device)
         is_t5 = part == "text_encoder_3"
         length = T5_TOKENS if is_t5 else tokenizer.model_max_length
         for text in texts:
@@ -87,12 +88,13 @@ class Painter:
             transformer=weights.transformer(), vae=weights.vae(), scheduler=weights.scheduler(), **none
         )
         self.pipeline.set_progress_bar_config(disable=True)
-        if offload == "model":
-            self.pipeline.enable_model_cpu_offload(device=device)
-        elif offload == "layers":
-            self.pipeline.enable_sequential_cpu_offload(device=device)
-        else:
-            self.pipeline.to(device)
+        with told_of_memory(device.type, "give --offload, or --offload=layers where that is not enough"):
+            if offload == "model":
+                self.pipeline.enable_model_cpu_offload(device=device)
+            elif offload == "layers":
+                self.pipeline.enable_sequential_cpu_offload(device=device)
+            else:
+                self.pipeline.to(device)
         if tiling:
             self.pipeline.vae.enable_tiling()
         if compiled:
@@ -110,16 +112,10 @@ class Painter:
         Raises:
             UserError: the arithmetic left the range of the dtype, or the device's memory is too small.
         """
-        try:
+        advice = f"lower --batch-size={len(recipes)}, or give --vae-tiling=on or --offload"
+        with told_of_memory(self.device.type, advice):
             latents = self._denoise(recipes, embeds, on_step)
             return [self._decode(latents[i : i + 1], recipe) for i, recipe in enumerate(recipes)]
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
-                raise
-            raise UserError(
-                f"the {self.device.type} has too little memory for --batch-size={len(recipes)}; lower it, or give "
-                "--vae-tiling=on or --offload."
-            ) from None
 
     def _denoise(
         self, recipes: Sequence[Recipe], embeds: dict[str, Embeds], on_step: Callable[[int], object]

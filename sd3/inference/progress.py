@@ -32,7 +32,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         """Show the bar."""
-        self._refresh()
+        self.refresh()
         return self
 
     def __exit__(
@@ -44,15 +44,10 @@ class Progress:
     def step(self, pictures: int) -> None:
         """One denoising step of so many pictures was made here."""
         self._own += pictures
-        self._refresh()
+        self.refresh()
 
-    def wait_for_others(self) -> None:
-        """Show what other processes still do; a process that dies takes this one with it, through its launcher."""
-        while self._elsewhere < len(self._others):
-            time.sleep(POLL_SECONDS)
-            self._refresh()
-
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Show what was made since."""
         now = time.monotonic()
         if self._others and now - self._polled >= POLL_SECONDS:
             self._polled = now

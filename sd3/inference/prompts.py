@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,13 +44,13 @@ def read_prompts(path: Path, negative: str = "") -> list[Prompt]:
 
 
 def _from_text(text: str, path: Path) -> Iterator[Prompt]:
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if line.strip() and not line.lstrip().startswith("#"):
             yield Prompt(line)
 
 
 def _from_csv(text: str, path: Path) -> Iterator[Prompt]:
-    rows = csv.DictReader(text.splitlines(keepends=True), skipinitialspace=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     if "prompt" not in (rows.fieldnames or ()):
         raise UserError(f"--prompts-file={path} has no column 'prompt' in its first line; write a header with it.")
     for row in rows:
@@ -59,7 +60,7 @@ def _from_csv(text: str, path: Path) -> Iterator[Prompt]:
 
 
 def _from_json_lines(text: str, path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

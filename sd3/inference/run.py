@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -41,11 +42,11 @@ def main(defaults: Defaults) -> int:
 
 def generate(arguments: Sequence[str], defaults: Defaults = TEXT_TO_IMAGE) -> int:
     """Paint what the flags ask for and return the exit status; what a user did wrong is said in one sentence."""
+    ranks = Ranks()
     try:
-        _run(parse(arguments, defaults))
+        _run(parse(arguments, defaults), ranks)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
+        ranks.say(str(error))
         return error.status
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one ended.", file=sys.stderr)
@@ -53,8 +54,8 @@ def generate(arguments: Sequence[str], defaults: Defaults = TEXT_TO_IMAGE) -> in
     return 0
 
 
-def _run(options: Options) -> None:
-    ranks = Ranks(options.device)
+def _run(options: Options, ranks: Ranks) -> None:
+    ranks.take_device(options.device)
     dtype = options.dtype or ("float32" if ranks.device == "cpu" else "float16")
     check_dtype(ranks.torch_device, dtype)
     if ranks.device == "cpu" and options.offload:
@@ -66,8 +67,9 @@ def _run(options: Options) -> None:
         there = len(plan.pictures) - len(plan.missing)
         if there:
             print(f"{there} of {len(plan.pictures)} pictures are there already; --overwrite makes them again.")
-    _paint(options, dtype, plan, ranks)
-    if ranks.first:  # which has waited for the others' pictures
+    if plan.missing:
+        _paint(options, dtype, plan, ranks)
+    if ranks.first:
         _finish(options, plan)
 
 
@@ -85,16 +87,18 @@ def make_plan(options: Options, dtype: str) -> Plan:
     if not options.prompts:
         raise UserError("--prompt is missing; say what to paint.")
     start, image_hash = read_image(options.image) if options.image else (None, "")
-    sources = find_sources(options.model, options.lora, options.local_files_only)
+    sources = find_sources(options.model, options.lora, options.local_files_only, options.default_lora)
+    _check_size(options, sources)
     common = {
         "steps": options.steps, "guidance_scale": options.guidance_scale, "height": options.height,
-        "width": options.width, "dtype": dtype, "model": options.model, "model_hash": sources.model_hash(),
+        "width": options.width, "dtype": dtype, "model": _place(options.model), "model_hash": sources.model_hash(),
         "vae_tiling": options.vae_tiling,
     }  # fmt: skip
     if sources.lora:
-        common |= {"lora": str(sources.lora), "lora_hash": sources.lora_hash(), "lora_scale": options.lora_scale}
+        common |= {"lora": _place(str(sources.lora)), "lora_hash": sources.lora_hash()}
+        common |= {"lora_scale": options.lora_scale}
     if start is not None:
-        common |= {"image": options.image, "image_hash": image_hash, "strength": options.strength}
+        common |= {"image": _place(options.image), "image_hash": image_hash, "strength": options.strength}
         start = fit(start, options.width, options.height)
     recipes = [
         Recipe(prompt=prompt.text, negative_prompt=prompt.negative, seed=seed, **common)
@@ -103,10 +107,34 @@ def make_plan(options: Options, dtype: str) -> Plan:
     ]
     if options.like and options.like[1].digest() not in {recipe.digest() for recipe in recipes}:
         _explain_difference(options, recipes[0])
-    pictures = [(options.output_dir / (options.example_name or recipe.file_name()), recipe) for recipe in recipes]
+    pictures = [(_target(options, recipe), recipe) for recipe in recipes]
     make_output_dir(options.output_dir)
     missing = [(path, recipe) for path, recipe in pictures if options.overwrite or not _is_there(path, recipe)]
     return Plan(sources, pictures, missing, start)
+
+
+def _place(name: str) -> str:
+    """Where a part is, whoever asks from wherever; a hub name or an address stays as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def _target(options: Options, recipe: Recipe) -> Path:
+    """The file of a picture; never the one that --like is to be compared with."""
+    path = options.output_dir / (options.example_name or recipe.file_name())
+    if options.like and path.exists() and path.samefile(options.like[0]):
+        return path.with_name(f"{path.stem}-again.png")
+    return path
+
+
+def _check_size(options: Options, sources: Sources) -> None:
+    """The transformer knows positions up to a side of its own."""
+    config = json.loads((sources.parts["transformer"] / "config.json").read_text(encoding="utf-8"))
+    vae = json.loads((sources.parts["vae"] / "config.json").read_text(encoding="utf-8"))
+    stride = 2 ** (len(vae["block_out_channels"]) - 1) * config["patch_size"]
+    most = config["pos_embed_max_size"] * stride
+    for option, side in (("--height", options.height), ("--width", options.width)):
+        if side > most:
+            raise UserError(f"{option}={side} is more than {options.model} was made for; give at most {most}.")
 
 
 def _explain_difference(options: Options, recipe: Recipe) -> None:
@@ -145,8 +173,6 @@ def _paint(options: Options, dtype: str, plan: Plan, ranks: Ranks) -> None:
     own = ranks.own_part(plan.missing)
     own_paths = {path for path, _ in own}
     others = [path for path, _ in plan.missing if path not in own_paths]
-    if not plan.missing:
-        return
     device = torch.device(ranks.torch_device)
     with Progress(len(own), others, options.steps_made, show=ranks.first) as progress:
         if own:
@@ -164,7 +190,7 @@ def _paint(options: Options, dtype: str, plan: Plan, ranks: Ranks) -> None:
                 images = painter.paint([recipe for _, recipe in batch], embeds, on_step=progress.step)
                 for image, (path, recipe) in zip(images, batch, strict=True):
                     save_picture(image, path, recipe, made_by)
-        progress.wait_for_others()
+        ranks.finish(meanwhile=progress.refresh)
 
 
 def _finish(options: Options, plan: Plan) -> None:
@@ -172,6 +198,11 @@ def _finish(options: Options, plan: Plan) -> None:
 
     if options.like:
         _compare(options.like[0], plan.pictures[0][0])
+    if hidden := [path.name for path, _ in plan.missing if not path.exists()]:
+        raise UserError(
+            f"{len(hidden)} pictures of other machines are not in --output-dir={options.output_dir}, {hidden[0]} among "
+            "them; name a directory that all machines share."
+        )
     count = write_index(options.output_dir)
     sheets = write_sheets(options.output_dir, plan.pictures)
     print(f"{len(plan.missing)} pictures made in {options.output_dir}; {INDEX} lists {count}.")

@@ -17,7 +17,9 @@ from sd3.common.model_files import (
     TOKENIZERS,
     check_model,
     content_hash,
+    damaged_files,
     file_hash,
+    missing_files,
     safetensors_header,
     tensor_shapes,
 )
@@ -47,8 +49,10 @@ class Sources:
         return file_hash(self.lora) if self.lora else ""
 
 
-def find_sources(model: str, lora: str = "", local_files_only: bool = False) -> Sources:
-    """Resolve --model and --lora.
+def find_sources(
+    model: str, lora: str = "", local_files_only: bool = False, default_lora: str = ""
+) -> Sources:
+    """Resolve --model and --lora; `default_lora` is taken where neither brings a LoRA.
 
     `model` may be a pipeline directory (downloaded, or the output of a full fine-tune), a hub name, the run directory
     of any launcher, or a checkpoint of a full fine-tune; `lora` a file, a run directory or a checkpoint of a LoRA
@@ -58,9 +62,10 @@ def find_sources(model: str, lora: str = "", local_files_only: bool = False) -> 
         UserError: something is missing, incomplete, damaged, or made for another model.
     """
     root = Path(model)
+    given = lora or default_lora
     if not root.exists():
         if HUB_NAME.fullmatch(model) and not model.startswith("."):
-            return _with_lora(model, _parts_of(_from_hub(model, local_files_only)), lora)
+            return _with_lora(model, _parts_of(_from_hub(model, local_files_only)), given)
         raise UserError(
             f"--model={model} is no directory and no hub name such as stabilityai/stable-diffusion-3.5-large; "
             "give the directory of a model or of a run."
@@ -68,16 +73,24 @@ def find_sources(model: str, lora: str = "", local_files_only: bool = False) -> 
     if root.is_dir() and not (root / "model_index.json").is_file() and (settings := _run_settings(root)):
         base = _base_of_run(root, settings, local_files_only)
         trained = {part: root / part for part in MODELS if (root / part / "config.json").is_file()}
+        wrong = [what for part in trained.values() for what in (*missing_files(part), *damaged_files(part))]
+        if wrong:
+            raise UserError(f"--model={model} is damaged: {'; '.join(wrong)}; use another checkpoint.")
         if trained:
-            return _with_lora(model, {**base.parts, **trained}, lora)
-        if (root / LORA_FILE).is_file():
-            return _with_lora(model, base.parts, lora or str(root))
+            return _with_lora(model, {**base.parts, **trained}, given)
+        if (own := root / LORA_FILE).is_file():
+            if lora and Path(lora).resolve() not in (own.resolve(), root.resolve()):
+                raise UserError(
+                    f"--model={model} brings its own LoRA, and --lora={lora} names another; give the base model with "
+                    "--model, or leave --lora out."
+                )
+            return _with_lora(model, base.parts, str(own))
         made = sorted(root.glob("checkpoint-*/complete"), key=lambda path: int(path.parent.name.split("-")[1]))
         advice = f"use --model={made[-1].parent}" if made else "let the run finish, or resume it"
         raise UserError(f"--model={model} is a run that has not written its final model; {advice}.")
     if problems := check_model(model, "--model"):
         raise UserError(problems[0])
-    return _with_lora(model, _parts_of(root), lora)
+    return _with_lora(model, _parts_of(root), given)
 
 
 def _parts_of(root: Path) -> dict[str, Path]:
@@ -114,8 +127,8 @@ def _from_hub(name: str, local_files_only: bool) -> Path:
     except (OSError, ValueError) as error:
         why = "it is not in the local cache" if offline else str(error).strip().splitlines()[0]
         raise UserError(
-            f"--model={name} cannot be had from the hub ({why}); log in with 'huggingface-cli login' if it is gated, "
-            "or give the directory it was downloaded to."
+            f"--model={name} is no directory here, and cannot be had from the hub ({why}); give the directory of the "
+            "model, or log in with 'huggingface-cli login' if it is gated."
         ) from None
 
 
@@ -142,7 +155,7 @@ def _check_lora(given: str, file: Path, parts: dict[str, Path]) -> None:
     if not entries:
         raise UserError(f"--lora={given} holds no weights; give a LoRA that was trained.")
     shapes = {part: tensor_shapes(parts[part]) for part in ("transformer", "text_encoder", "text_encoder_2")}
-    ranks: dict[str, set[int]] = {}
+    ranks: dict[str, dict[str, int]] = {}
     for key, entry in entries.items():
         part, _, rest = key.partition(".")
         suffix = next((suffix for suffix in LORA_SUFFIXES if rest.endswith(suffix)), None)
@@ -151,22 +164,27 @@ def _check_lora(given: str, file: Path, parts: dict[str, Path]) -> None:
                 f"--lora={given} is no LoRA of SD3 in diffusers' format (it holds {key}); give a file that a LoRA "
                 "launcher wrote."
             )
+        module = rest.removesuffix(suffix)
+        shape, side = entry["shape"], LORA_SUFFIXES[suffix]
+        if len(shape) != 2:
+            raise UserError(f"--lora={given} is damaged: {key} is no matrix; train or copy it again.")
+        ranks.setdefault(f"{part}.{module}", {})[side] = shape[0 if side == "A" else 1]
         known = shapes[part]
         if known is None:
             continue  # weights without readable headers: the loader will compare
-        module = rest.removesuffix(suffix)
         weight = known.get(f"{module}.weight")
         if weight is None:
             raise UserError(
                 f"--lora={given} {OTHER_MODEL}: {part} has no {module}; give the model it was trained on."
             )
-        shape, side = entry["shape"], LORA_SUFFIXES[suffix]
         width = weight[1] if side == "A" else weight[0]
-        if len(shape) != 2 or shape[1 if side == "A" else 0] != width:
+        if shape[1 if side == "A" else 0] != width:
             raise UserError(
                 f"--lora={given} {OTHER_MODEL}: {key} is {'x'.join(map(str, shape))}, and the weight "
                 f"it belongs to is {'x'.join(map(str, weight))}; give the model it was trained on."
             )
-        ranks.setdefault(f"{part}.{module}", set()).add(shape[0 if side == "A" else 1])
-    if wrong := next((module for module, found in ranks.items() if len(found) != 1), None):
-        raise UserError(f"--lora={given} is damaged: the two halves of {wrong} differ in rank; train or copy it again.")
+    for module, found in ranks.items():
+        if len(found) != 2:
+            raise UserError(f"--lora={given} is damaged: half of {module} is missing; train or copy it again.")
+        if found["A"] != found["B"]:
+            raise UserError(f"--lora={given} is damaged: halves of {module} differ in rank; train or copy it again.")

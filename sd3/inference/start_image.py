@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import urllib.error
 import urllib.request
@@ -53,7 +54,7 @@ def _download(place: str) -> bytes:
     try:
         with urllib.request.urlopen(place, timeout=TIMEOUT_SECONDS) as answer:
             content = answer.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         why = error.reason if isinstance(error, urllib.error.URLError) else error
         raise UserError(f"--image={place} cannot be fetched ({why}); download it and give its path.") from None
     if len(content) > MOST_BYTES:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -40,8 +43,8 @@ class Weights:
         """Tokenizer and encoder of `part`, a key of ENCODERS, on the device."""
         start = time.perf_counter()
         tokenizer_part, encoder_class, tokenizer_class = ENCODERS[part]
-        tokenizer = tokenizer_class.from_pretrained(self.sources.parts[tokenizer_part])
-        encoder = self._load(encoder_class, part)
+        tokenizer = self._load(tokenizer_class, tokenizer_part)
+        encoder = self._load_weights(encoder_class, part)
         if lora := self._lora_of(part):
             StableDiffusion3Pipeline.load_lora_into_text_encoder(
                 lora, network_alphas=None, text_encoder=encoder, prefix=part, lora_scale=self.lora_scale
@@ -52,7 +55,7 @@ class Weights:
 
     def transformer(self) -> SD3Transformer2DModel:
         """The transformer in host memory."""
-        transformer = self._load(SD3Transformer2DModel, "transformer")
+        transformer = self._load_weights(SD3Transformer2DModel, "transformer")
         if lora := self._lora_of("transformer"):
             transformer.load_lora_adapter(lora, prefix="transformer", adapter_name="lora")
             transformer.set_adapters("lora", weights=self.lora_scale)
@@ -60,23 +63,50 @@ class Weights:
 
     def vae(self) -> AutoencoderKL:
         """The autoencoder in host memory."""
-        return self._load(AutoencoderKL, "vae").requires_grad_(False).eval()
+        return self._load_weights(AutoencoderKL, "vae").requires_grad_(False).eval()
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler, with the model's own settings."""
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.sources.parts["scheduler"])
+        return self._load(FlowMatchEulerDiscreteScheduler, "scheduler")
 
     def _lora_of(self, part: str) -> dict[str, torch.Tensor]:
         return {key: value for key, value in self._lora.items() if key.startswith(f"{part}.")}
 
-    def _load(self, kind: Any, part: str) -> Any:  # noqa: ANN401  # the class given is the class returned
+    def _load_weights(self, kind: Any, part: str) -> Any:  # noqa: ANN401  # the class given is the class returned
+        """A part with every one of its weights: the libraries draw missing ones at random, and only warn."""
+        model, info = self._load(kind, part, torch_dtype=self.dtype, output_loading_info=True)
+        tied = getattr(model, "_tied_weights_keys", None) or []
+        lost = [key for key in info["missing_keys"] if key not in tied] + [key[0] for key in info["mismatched_keys"]]
+        if lost:
+            raise UserError(
+                f"--model={self.sources.name}: {self.sources.parts[part]} lacks weights, {sorted(lost)[0]} among them; "
+                "get it again."
+            )
+        return model
+
+    def _load(self, kind: Any, part: str, **settings: object) -> Any:  # noqa: ANN401
         folder = self.sources.parts[part]
         try:
-            return kind.from_pretrained(folder, torch_dtype=self.dtype)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            return kind.from_pretrained(folder, local_files_only=True, **settings)
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             name = self.sources.name
+            reason = str(error).strip().splitlines()[0]
             raise UserError(f"--model={name}: {folder} cannot be loaded ({reason}); get it again.") from None
+
+
+@contextlib.contextmanager
+def told_of_memory(device: str, advice: str) -> Iterator[None]:
+    """Turn the many ways of running out of device memory into one sentence.
+
+    Raises:
+        UserError: the device's memory is too small; the text ends with `advice`.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of torch.cuda and of torch_npu alike
+        if "out of memory" not in str(error).lower():
+            raise
+        raise UserError(f"the {device} has too little memory; {advice}.") from None
 
 
 def release(device: str) -> None:

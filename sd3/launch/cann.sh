@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # CANN's environment on an NPU machine. Sourced by setup_env.sh and the launchers.
 
+# npu_device_there: is a card visible? A container may have been given any of them, not the first.
+npu_device_there() { compgen -G '/dev/davinci[0-9]*' >/dev/null; }
+
 # cann_set_env: print the path of CANN's set_env.sh: CANN_SET_ENV if the user exported it, else its usual places.
 cann_set_env() {
   local place

@@ -44,7 +44,7 @@ choose_engine() {
 # Where to train, and how many processes: DEVICE, OPTION[num_processors].
 choose_device() {
   local found visible
-  if [ "${OPTION[device]}" = npu ] || { [ "${OPTION[device]}" = auto ] && [ -e /dev/davinci0 ]; }; then
+  if [ "${OPTION[device]}" = npu ] || { [ "${OPTION[device]}" = auto ] && npu_device_there; }; then
     source_cann || exit 3
   fi
   found="$(project_python -m sd3.common.devices --device="${OPTION[device]}")" || exit $?
