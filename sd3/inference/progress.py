@@ -27,8 +27,8 @@ class Progress:
         self._pictures = own + len(others)
         # A log gets a line now and then, a terminal a bar that moves.
         interval = 0.2 if sys.stderr.isatty() else 30.0
-        total = self._pictures * steps
-        self._bar = tqdm(total=total, bar_format=BAR, mininterval=interval, disable=not show)
+        total, desc = self._pictures * steps, f"Painting 0/{self._pictures}"
+        self._bar = tqdm(total=total, desc=desc, bar_format=BAR, mininterval=interval, disable=not show)
 
     def __enter__(self) -> Progress:
         """Show the bar."""
@@ -38,7 +38,9 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as it stands: full, unless something went wrong."""
+        if kind is None:
+            self._show(self._bar.total)
         self._bar.close()
 
     def step(self, pictures: int) -> None:
@@ -52,9 +54,11 @@ class Progress:
         if self._others and now - self._polled >= POLL_SECONDS:
             self._polled = now
             self._elsewhere = sum(_stamp(path) != before for path, before in self._others.items())
-        made = self._own + self._elsewhere * self._steps
-        self._bar.set_description_str(f"Painting {made // self._steps}/{self._pictures}", refresh=False)
-        self._bar.update(made - self._bar.n)
+        self._show(self._own + self._elsewhere * self._steps)
+
+    def _show(self, steps: int) -> None:
+        self._bar.set_description_str(f"Painting {steps // self._steps}/{self._pictures}", refresh=False)
+        self._bar.update(steps - self._bar.n)
 
 
 def _stamp(path: Path) -> int | None:
