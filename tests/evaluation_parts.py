@@ -9,6 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from sd3.common.pictures import Recipe, save_picture
+from sd3.evaluation.candidates import Candidate
+from sd3.evaluation.painting import Inference
 
 SIDE = 32
 PATCH = 8
@@ -87,25 +89,41 @@ def fill(folder: Path, prompts: Sequence[str], seeds: Sequence[int], tag: object
     return folder
 
 
-class FakeGenerator:
-    """Stands in for sd3.inference.run.generate: takes its flags, writes pictures, remembers what it was asked."""
+class FakeInference(Inference):
+    """Paints pictures at once, by the flags of the inference code, and remembers what it was asked."""
 
-    def __init__(self, status: int = 0) -> None:
+    def __init__(self, status: int = 0, paints: bool = True) -> None:
         """`status` is what each call returns; pictures are written only with 0."""
         self.status = status
+        self.paints = paints
         self.calls: list[list[str]] = []
+        self.trained = 0  # how often the models were trained again in their places
+        self.made: list[Path] = []
 
-    def __call__(self, arguments: Sequence[str]) -> int:
-        """Paint."""
-        import json
+    def hashes(self, candidate: Candidate, local_files_only: bool) -> tuple[str, str]:
+        """Other ones after another training."""
+        return self._hash(candidate.model), self._hash(candidate.lora) if candidate.lora else ""
+
+    def _hash(self, name: str) -> str:
+        return f"{name} {self.trained}"
+
+    def generate(self, arguments: Sequence[str]) -> int:
+        """Paint what is not there."""
+        from sd3.inference.options import parse
+        from sd3.inference.run import TEXT_TO_IMAGE
 
         self.calls.append(list(arguments))
-        at = list(arguments).index("--seeds")
-        flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments[:at] if "=" in argument)
-        if self.status == 0:
-            lines = Path(flags["prompts-file"]).read_text(encoding="utf-8").splitlines()
-            prompts = [json.loads(line)["prompt"] for line in lines]
-            changes = {"model": flags["model"], "model_hash": flags["model"], "lora": flags.get("lora", "")}
-            fill(Path(flags["output-dir"]), prompts, [int(seed) for seed in arguments[at + 1 :]],
-                 tag=(flags["model"], flags.get("lora")), **changes)  # fmt: skip
-        return self.status
+        if self.status or not self.paints:
+            return self.status
+        options = parse(arguments, TEXT_TO_IMAGE)
+        changes: dict[str, object] = {
+            "steps": options.steps, "dtype": options.dtype, "model": options.model,
+            "model_hash": self._hash(options.model),
+        }  # fmt: skip
+        if options.lora:
+            changes |= {"lora": options.lora, "lora_hash": self._hash(options.lora), "lora_scale": 1.0}
+        there = set(options.output_dir.glob("*.png"))
+        fill(options.output_dir, [prompt.text for prompt in options.prompts], options.seeds,
+             tag=(options.model, options.lora, self.trained), **changes)  # fmt: skip
+        self.made += sorted(set(options.output_dir.glob("*.png")) - there)
+        return 0

@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation_parts import FakeGenerator, draw, fill
+from evaluation_parts import FakeInference, draw, fill
 from sd3.common.command_line import UserError
 from sd3.evaluation.baseline import held_out_rows, read_split, write_training_rows
 from sd3.evaluation.candidates import (
     Candidate,
-    GenerationFailed,
+    PictureSet,
     align,
-    paint,
     parse_candidate,
     read_folder,
     unequal_settings,
 )
 from sd3.evaluation.images import decode, images_in
+from sd3.evaluation.painting import GenerationFailed, Inference, paint
 from sd3.evaluation.prompts import SETS, class_noun_of, read_prompts, text_for_clip
+from sd3.inference.sources import find_sources
 
 PROMPTS = ["a photo of sks dog", "a sketch of sks dog"]
 
@@ -208,21 +209,75 @@ def test_other_prompts_or_seeds_are_refused(tmp_path: Path, more: str) -> None:
 
 
 def test_pictures_are_painted_with_the_flags_of_the_inference_scripts(tmp_path: Path) -> None:
-    generate = FakeGenerator()
+    inference = FakeInference()
     candidate = Candidate("LoRA, 500 steps", model="models/base", lora="run/x,y.safetensors")
-    painted = paint(candidate, PROMPTS, [8, 23], ["--steps=4"], tmp_path, generate)
+    painted = paint(candidate, PROMPTS, [8, 23], "float32", ["--steps=4"], tmp_path, inference)
     assert painted.keys() == [(prompt, seed) for prompt in PROMPTS for seed in (8, 23)]
     assert {recipe.lora for recipe in painted.recipes} == {"run/x,y.safetensors"}
-    (call,) = generate.calls
-    assert {"--model=models/base", "--lora=run/x,y.safetensors", "--steps=4"} < set(call)
+    (call,) = inference.calls
+    assert {"--model=models/base", "--lora=run/x,y.safetensors", "--steps=4", "--dtype=float32"} < set(call)
     assert call[-3:] == ["--seeds", "8", "23"]
-    other = paint(candidate, PROMPTS, [8, 23], ["--steps=5"], tmp_path, generate)
-    assert other.paths[0].parent != painted.paths[0].parent
+
+
+def test_a_model_that_was_trained_again_in_its_place_is_painted_again(tmp_path: Path) -> None:
+    inference, candidate = FakeInference(), Candidate("tuned", model="run1")
+
+    def now() -> PictureSet:
+        return paint(candidate, PROMPTS, [8, 23], "float32", [], tmp_path, inference)
+
+    old = now()
+    before = {path: path.read_bytes() for path in old.paths}
+    inference.trained = 1
+    new = now()
+    assert {recipe.model_hash for recipe in new.recipes} == {"run1 1"}
+    assert {path: path.read_bytes() for path in old.paths} == before
+    assert now().paths == new.paths
+    inference.trained = 0
+    assert now().paths == old.paths
+    assert len(inference.made) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (["--batch-size=4"], False), (["--device=cpu"], False), (["--local-files-only"], False),
+        (["--steps=28"], False), (["--guidance-scale=1"], False), (["--steps=5"], True), (["--height=512"], True),
+        (["--guidance-scale=1.5"], True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_what_a_recipe_holds_makes_another_folder(tmp_path: Path, change: list[str], again: bool) -> None:
+    inference, candidate = FakeInference(), Candidate("a", model="m")
+    first = paint(candidate, PROMPTS, [8], "float32", ["--device=auto", "--batch-size=1"], tmp_path, inference)
+    flags = ["--device=auto", "--batch-size=1", *change]
+    second = paint(candidate, PROMPTS, [8], "float32", flags, tmp_path, inference)
+    assert (second.paths[0].parent != first.paths[0].parent) == again
+    assert len(inference.made) == (4 if again else 2)
+
+
+def test_a_label_moves_no_pictures_and_a_dtype_or_lora_does(tmp_path: Path) -> None:
+    inference = FakeInference()
+    places = [
+        paint(candidate, PROMPTS, [8], dtype, [], tmp_path, inference).paths[0].parent
+        for candidate, dtype in (
+            (Candidate("a", model="m"), "float32"), (Candidate("other name", model="m"), "float32"),
+            (Candidate("a", model="m"), "float16"), (Candidate("a", model="m", lora="l"), "float32"),
+        )
+    ]  # fmt: skip
+    assert places[0] == places[1]
+    assert len(set(places)) == 3
+
+
+def test_the_hashes_are_those_of_the_recipes(tiny_model: Path) -> None:
+    model_hash, lora_hash = Inference().hashes(Candidate("a", model=str(tiny_model)), local_files_only=True)
+    assert (model_hash, lora_hash) == (find_sources(str(tiny_model)).model_hash(), "")
+    with pytest.raises(UserError, match="--lora=gone does not exist"):
+        Inference().hashes(Candidate("a", model=str(tiny_model), lora="gone"), local_files_only=True)
 
 
 def test_failed_painting_keeps_its_status(tmp_path: Path) -> None:
     with pytest.raises(GenerationFailed) as caught:
-        paint(Candidate("a", model="m"), PROMPTS, [8], [], tmp_path, FakeGenerator(status=3))
+        paint(Candidate("a", model="m"), PROMPTS, [8], "float32", [], tmp_path, FakeInference(status=3))
     assert caught.value.status == 3
     with pytest.raises(UserError, match="is no directory"):
-        paint(Candidate("a", model="m"), PROMPTS, [8], [], tmp_path, lambda _: 0)
+        paint(Candidate("a", model="m"), PROMPTS, [8], "float32", [], tmp_path, FakeInference(paints=False))

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from conftest import prepared
-from evaluation_parts import FakeGenerator, fill, make_feature_models
+from evaluation_parts import FakeInference, fill, make_feature_models
 from painting import SMALL, make_lora
 from sd3.evaluation import report
 from sd3.evaluation.main import main
@@ -216,14 +216,14 @@ def test_candidates_are_painted_and_compared_with_a_folder(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS).replace("sks dog", "{subject}"), encoding="utf-8")
-    generate = FakeGenerator()
+    inference = FakeInference()
     status = main(
         ["--pictures", folders[1], "--candidate=label=new,model=models/base", f"--prompt-set={prompts}", "--seeds",
          "8", "23", "42", "--steps=7", "--painting-batch-size=2", "--local-files-only", "--base=new", "--device=cpu",
-         f"--output-dir={tmp_path / 'out'}"], defaults, generate,
+         f"--output-dir={tmp_path / 'out'}"], defaults, inference,
     )  # fmt: skip
     assert status == 0
-    assert {"--steps=7", "--batch-size=2", "--device=cpu", "--local-files-only"} < set(generate.calls[0])
+    assert {"--steps=7", "--batch-size=2", "--device=cpu", "--local-files-only"} < set(inference.calls[0])
     found = metrics_of(tmp_path / "out")
     assert [candidate["label"] for candidate in found["candidates"]] == ["new", "tuned"]
     assert found["metrics"] == ["clip-t"]
@@ -253,6 +253,12 @@ def test_the_real_models_are_painted_side_by_side(
     assert len(painted) >= 8
     assert main(arguments, defaults) == 0
     assert {path: path.stat().st_mtime_ns for path in painted} == painted
+    make_lora(tiny_model, lora.parent, rank=8)  # trained again into the same place
+    assert main(arguments, defaults) == 0
+    after = metrics_of(tmp_path / "out")["candidates"]
+    assert after[0] == found["candidates"][0]
+    assert after[1]["lora_hash"] != found["candidates"][1]["lora_hash"]
+    assert {path: path.stat().st_mtime_ns for path in painted} == painted
 
 
 def test_what_the_inference_code_refuses_ends_the_evaluation(
@@ -263,10 +269,10 @@ def test_what_the_inference_code_refuses_ends_the_evaluation(
 
 
 def test_a_data_set_gives_prompts_and_references(defaults: Defaults, pokemon_dir: Path, tmp_path: Path) -> None:
-    generate = FakeGenerator()
+    inference = FakeInference()
     status = main(
         [f"--dataset={pokemon_dir}", "--held-out=0.5", "--split-seed=1", "--candidate=label=a,model=m",
-         f"--output-dir={tmp_path}", "--device=cpu"], defaults, generate,
+         f"--output-dir={tmp_path}", "--device=cpu"], defaults, inference,
     )  # fmt: skip
     assert status == 0
     found = metrics_of(tmp_path)
@@ -280,7 +286,7 @@ def test_a_data_set_gives_prompts_and_references(defaults: Defaults, pokemon_dir
 
 def test_the_status_of_failed_painting_is_kept(defaults: Defaults, tmp_path: Path) -> None:
     arguments = ["--candidate=label=a,model=m", f"--output-dir={tmp_path}", "--device=cpu"]
-    assert main(arguments, defaults, FakeGenerator(status=3)) == 3
+    assert main(arguments, defaults, FakeInference(status=3)) == 3
 
 
 PICTURES = ["--pictures", "{base}"]
@@ -327,7 +333,7 @@ def test_bad_input_is_refused_in_one_sentence(
     picture.write_bytes(picture.read_bytes()[:-800])
     places = {"base": folders[0], "dog": dog_dir, "pokemon": pokemon_dir, "empty": tmp_path / "empty",
               "file": tmp_path / "file", "corrupt": corrupt}  # fmt: skip
-    assert main([argument.format(**places) for argument in arguments], defaults, FakeGenerator()) == 2
+    assert main([argument.format(**places) for argument in arguments], defaults, FakeInference()) == 2
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1

@@ -1,25 +1,21 @@
-"""What is compared: sets of pictures by the same prompts and seeds, read from folders or painted here."""
+"""What is compared: sets of pictures by the same prompts and seeds, read from folders, in one order."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from sd3.common.command_line import UserError
-from sd3.common.files import write_text
 from sd3.common.pictures import Recipe, pictures_in
 
 KEYS = ("label", "model", "lora")
 # A difference in one of these is no difference between the models, and is said in the report.
 SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "dtype", "lora_scale", "strength")
 Key = tuple[str, int]  # prompt, seed
-Generate = Callable[[Sequence[str]], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +43,6 @@ class PictureSet:
     def seeds(self) -> list[int]:
         """All seeds, ascending."""
         return sorted({recipe.seed for recipe in self.recipes})
-
-
-class GenerationFailed(Exception):
-    """The inference code gave up and has said why; `status` is its exit status."""
-
-    def __init__(self, status: int) -> None:
-        """`status` is not 0."""
-        super().__init__(f"generation ended with status {status}")
-        self.status = status
 
 
 def parse_candidate(text: str) -> Candidate:
@@ -109,47 +96,6 @@ def read_folder(label: str, folder: Path) -> PictureSet:
             )
         seen[recipe.prompt, recipe.seed] = path
     return PictureSet(label, [path for path, _ in found], [recipe for _, recipe in found])
-
-
-def _folder_name(candidate: Candidate, flags: Sequence[str]) -> str:
-    """A name that other settings do not share, so that a folder holds the pictures of one run."""
-    slug = re.sub(r"\W+", "-", candidate.label.lower()).strip("-")[:40] or "candidate"
-    settings = json.dumps([candidate.model, candidate.lora, *flags])
-    return f"{slug}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-
-
-def paint(
-    candidate: Candidate, prompts: Sequence[str], seeds: Sequence[int], flags: Sequence[str], output: Path,
-    generate: Generate | None = None,
-) -> PictureSet:  # fmt: skip
-    """Paint every prompt with every seed into a folder in `output`/pictures; what is there is not made again.
-
-    Args:
-        candidate: its model and LoRA.
-        prompts: each one once.
-        seeds: each one once.
-        flags: further flags of the inference scripts.
-        output: the output directory of the evaluation.
-        generate: takes flags and returns an exit status; sd3.inference.run.generate if left out.
-
-    Raises:
-        GenerationFailed: it returned another status than 0.
-        UserError: pictures are missing or there twice.
-    """
-    if generate is None:
-        # Only where pictures are painted is the inference code loaded.
-        from sd3.inference.run import generate
-    folder = output / "pictures" / _folder_name(candidate, flags)
-    prompts_file = output / "prompts.jsonl"
-    write_text(prompts_file, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    lora = [f"--lora={candidate.lora}"] if candidate.lora else []
-    status = generate(
-        [f"--model={candidate.model}", *lora, f"--prompts-file={prompts_file}", f"--output-dir={folder}", *flags,
-         "--seeds", *map(str, seeds)]
-    )  # fmt: skip
-    if status:
-        raise GenerationFailed(status)
-    return select(read_folder(candidate.label, folder), [(prompt, seed) for prompt in prompts for seed in seeds])
 
 
 def select(pictures: PictureSet, keys: Sequence[Key]) -> PictureSet:

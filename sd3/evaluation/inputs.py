@@ -9,9 +9,10 @@ from typing import Any
 
 from sd3.common.command_line import UserError
 from sd3.evaluation.baseline import Split, read_split
-from sd3.evaluation.candidates import Generate, PictureSet, align, paint, read_folder
+from sd3.evaluation.candidates import PictureSet, align, read_folder
 from sd3.evaluation.feature_models import INCEPTION, check_name
 from sd3.evaluation.images import ImageSource, images_in
+from sd3.evaluation.painting import Inference, paint
 from sd3.evaluation.prompts import read_prompts
 
 
@@ -65,7 +66,9 @@ def check_models(options: argparse.Namespace) -> None:
         check_name("--kid-model", options.kid_model, "inception-v3, a file of its weights, or a vision transformer")
 
 
-def gather(options: argparse.Namespace, split: Split | None, generate: Generate | None) -> list[PictureSet]:
+def gather(
+    options: argparse.Namespace, split: Split | None, device: str, inference: Inference
+) -> list[PictureSet]:
     """The pictures of all candidates, painted where they have to be, in one order; the base first.
 
     Raises:
@@ -80,8 +83,10 @@ def gather(options: argparse.Namespace, split: Split | None, generate: Generate 
     flags = [*options.painting_flags, f"--device={options.device}", f"--batch-size={options.painting_batch_size or 1}"]
     if options.local_files_only:
         flags.append("--local-files-only")
+    # Said to the inference code too, so that pictures of a card and of a CPU do not share a folder.
+    dtype = options.dtype or ("float32" if device == "cpu" else "float16")
     painted = [
-        paint(each, prompts, options.seeds, flags, options.output_dir, generate)
+        paint(each, prompts, options.seeds, dtype, flags, options.output_dir, inference)
         for each in options.candidates
         if not each.folder
     ]

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from sd3.common.command_line import UserError
 from sd3.common.devices import DeviceError
 from sd3.evaluation.baseline import write_training_rows
-from sd3.evaluation.candidates import Generate, GenerationFailed
 from sd3.evaluation.options import Defaults, parse
+from sd3.evaluation.painting import GenerationFailed, Inference
 
 
-def main(arguments: Sequence[str], defaults: Defaults, generate: Generate | None = None) -> int:
-    """Run the command line; returns the exit status. `generate` stands in for sd3.inference.run.generate."""
+def main(arguments: Sequence[str], defaults: Defaults, inference: Inference | None = None) -> int:
+    """Run the command line; returns the exit status. `inference` stands in for the project's own."""
     try:
         options = parse(arguments, defaults)
         if options.training_split:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str], defaults: Defaults, generate: Generate | None
         else:
             from sd3.evaluation.run import evaluate
 
-            evaluate(options, generate)
+            evaluate(options, inference or Inference())
     except (UserError, DeviceError) as error:
         print(error, file=sys.stderr)
         return error.status if isinstance(error, UserError) else 2

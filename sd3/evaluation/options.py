@@ -117,7 +117,9 @@ def parse(arguments: Sequence[str], defaults: Defaults) -> argparse.Namespace:
     options.prompt_set = options.prompt_set or ("" if options.dataset else defaults.prompt_set)
     options.seeds = list(dict.fromkeys(options.seeds or defaults.seeds))
     options.painting_flags = [
-        f"--{name.replace('_', '-')}={value}" for name in PAINTING if (value := getattr(options, name)) is not None
+        f"--{name.replace('_', '-')}={value}"
+        for name in PAINTING
+        if name != "dtype" and (value := getattr(options, name)) is not None
     ]
     options.metrics, options.omitted = _metrics(options)
     options.cache_dir = options.cache_dir or options.output_dir / ".features"

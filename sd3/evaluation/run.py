@@ -14,16 +14,17 @@ import transformers
 from sd3.common.command_line import make_output_dir
 from sd3.common.devices import detect
 from sd3.common.files import write_text
-from sd3.evaluation.candidates import Generate, unequal_settings
+from sd3.evaluation.candidates import unequal_settings
 from sd3.evaluation.inputs import check_models, gather, read_references
 from sd3.evaluation.measure import Request, measure
+from sd3.evaluation.painting import Inference
 from sd3.evaluation.prompts import text_for_clip
 from sd3.evaluation.report import write_report
 from sd3.evaluation.results import summarize
 from sd3.evaluation.table import table
 
 
-def evaluate(options: argparse.Namespace, generate: Generate | None = None) -> dict[str, Any]:
+def evaluate(options: argparse.Namespace, inference: Inference) -> dict[str, Any]:
     """Gather the pictures, measure them, write metrics.json and report.html, print the table; returns the figures.
 
     Raises:
@@ -34,7 +35,7 @@ def evaluate(options: argparse.Namespace, generate: Generate | None = None) -> d
     check_models(options)
     references = read_references(options)
     make_output_dir(options.output_dir)
-    sets = gather(options, references.split, generate)
+    sets = gather(options, references.split, device, inference)
     text_of = partial(text_for_clip, subject=options.subject, class_noun=options.class_noun)
     request = Request(
         metrics=options.metrics, subject=references.subject, references=references.images, text_of=text_of,
