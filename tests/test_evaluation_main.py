@@ -342,6 +342,28 @@ def test_bad_input_is_refused_in_one_sentence(
     assert not (tmp_path / "eval_result" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("cut", [200, 1000])
+def test_a_cut_picture_among_whole_ones_is_named(
+    defaults: Defaults, tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: int
+) -> None:
+    """Left out, the figures would be of other pictures than the user believes."""
+    fill(tmp_path / "a", PROMPTS, SEEDS)
+    victim = sorted((tmp_path / "a").iterdir())[2]
+    victim.write_bytes(victim.read_bytes()[:-cut])
+    assert main([f"--pictures={tmp_path / 'a'}", f"--output-dir={tmp_path / 'out'}", "--device=cpu"], defaults) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    assert line.startswith(f"{victim} cannot be read as a picture")
+
+
+def test_a_device_that_is_not_there_ends_with_2(
+    folders: list[str], defaults: Defaults, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sd3.common.devices.count", lambda device: int(device == "cpu"))
+    assert main(["--pictures", folders[0], "--device=npu", f"--output-dir={tmp_path}"], defaults) == 2
+    assert capsys.readouterr().err == "--device=npu: no npu device is visible; use --device=auto.\n"
+
+
 def test_figures_are_short_and_judged_with_care() -> None:
     assert [number(value) for value in (0.31234, 1.23456, 12.3456, 1234.56)] == ["0.3123", "1.235", "12.35", "1234.6"]
     sure = {"interval": [0.1, 0.2], "n": 10}

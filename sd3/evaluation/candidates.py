@@ -79,9 +79,9 @@ def read_folder(label: str, folder: Path) -> PictureSet:
     found = pictures_in(folder)
     for other in sorted(set(folder.glob("[!.]*.png")) - {path for path, _ in found}):
         try:
-            with Image.open(other):
-                pass
-        except (OSError, ValueError, SyntaxError) as error:
+            with Image.open(other) as image:
+                image.load()  # a cut file opens well, and lacks its recipe only for want of its end
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{other} cannot be read as a picture ({error}); make it again or remove it.") from None
     if not found:
         raise UserError(
