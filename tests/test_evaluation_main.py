@@ -70,10 +70,12 @@ def test_metrics_hold_means_intervals_and_numbers(evaluated: Path) -> None:
     for candidate in found["candidates"]:
         assert list(candidate["metrics"]) == found["metrics"]
         for name, estimate in candidate["metrics"].items():
-            assert estimate["n"] == 6
+            assert (estimate["n"], estimate["unit"], estimate["units"]) == (6, "prompts", 2)
             if name == "fid":
-                assert estimate["interval"] is None
+                assert estimate["interval"] is estimate["interval_method"] is None
             else:
+                how = "jackknife over prompts and references" if name == "kid" else "bootstrap over prompts"
+                assert estimate["interval_method"] == how
                 assert estimate["interval"][0] <= estimate["mean"] <= estimate["interval"][1]
         assert (candidate["steps"], candidate["model_hash"]) == (28, "a" * 64)
     assert all(re.fullmatch("[0-9a-f]{64}", model["sha256_of_weights"]) for model in found["feature_models"].values())
@@ -90,7 +92,9 @@ def test_a_difference_is_that_of_pairs(evaluated: Path) -> None:
     for name in ("clip-t", "clip-i", "dino"):
         means = [prompt["candidates"][1]["metrics"][name]["mean"] for prompt in found["prompts"]]
         assert np.mean(means) == pytest.approx(found["candidates"][1]["metrics"][name]["mean"])
-        assert all(prompt["differences"][0]["metrics"][name]["n"] == 3 for prompt in found["prompts"])
+        for prompt in found["prompts"]:
+            estimate = prompt["differences"][0]["metrics"][name]
+            assert (estimate["units"], estimate["interval_method"]) == (3, "bootstrap over pictures")
 
 
 def test_the_figures_are_those_of_the_library_used_by_hand(evaluated: Path, folders: list[str], models: Path) -> None:
@@ -125,7 +129,6 @@ def test_a_second_run_gives_the_same_files_from_the_cache(
     assert (tmp_path / "report.html").read_bytes() == (evaluated / "report.html").read_bytes()
     printed = capsys.readouterr()
     assert re.search(r"^CLIP-T +higher +\S+ \[", printed.out, re.MULTILINE)
-    assert "note: KID was taken over subsets of 5 pictures" in printed.out
     assert "far too high" in printed.out
     assert len(set(re.findall(r"(\w+):\s+\d+%", printed.err))) == 1  # one progress bar
 
@@ -366,11 +369,12 @@ def test_a_device_that_is_not_there_ends_with_2(
 
 def test_figures_are_short_and_judged_with_care() -> None:
     assert [number(value) for value in (0.31234, 1.23456, 12.3456, 1234.56)] == ["0.3123", "1.235", "12.35", "1234.6"]
-    sure = {"interval": [0.1, 0.2], "n": 10}
+    sure = {"interval": [0.1, 0.2], "n": 40, "unit": "prompts", "units": 10}
     assert [verdict(metric, sure) for metric in ("clip-t", "kid")] == ["better", "worse"]
-    assert verdict("clip-t", {"interval": [-0.1, 0.2], "n": 10}) == "unclear"
-    assert verdict("clip-t", {"interval": [0.1, 0.2], "n": 9}) == "too few pictures"
-    assert verdict("fid", {"interval": None, "n": 10}) == "no interval"
+    assert verdict("clip-t", {**sure, "interval": [-0.1, 0.2]}) == "unclear"
+    assert verdict("clip-t", {**sure, "units": 9}) == "too few prompts"  # however many pictures they have
+    assert verdict("clip-t", {**sure, "n": 9, "unit": "pictures", "units": 9}) == "too few pictures"
+    assert verdict("fid", {**sure, "interval": None}) == "no interval"
 
 
 def run_script(*arguments: str, python: str = sys.executable, cwd: Path) -> subprocess.CompletedProcess[str]:

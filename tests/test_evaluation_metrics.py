@@ -10,7 +10,6 @@ from sd3.evaluation.metrics import (
     fid,
     kid,
     kid_margin,
-    kid_subset_size,
     prompt_fidelity,
     subject_fidelity,
 )
@@ -23,6 +22,11 @@ def features(n: int, dimension: int = 6, seed: int = 0, shift: float = 0.0) -> n
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
     x, y = x.astype(float), y.astype(float)
     return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+
+
+def each_its_own(n: int) -> np.ndarray:
+    """Prompts of n pictures, no two the same."""
+    return np.arange(n)
 
 
 def mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -64,30 +68,33 @@ def test_clip_i_and_dino_are_the_mean_over_all_references() -> None:
     assert subject_fidelity(images[:1], images[:1]) == pytest.approx([1.0])
 
 
-def test_kid_is_the_unbiased_mmd() -> None:
-    images, references = features(9, shift=0.5), features(9, seed=1)
-    assert kid(images, references, seed=0) == pytest.approx(mmd(images, references))
+@pytest.mark.parametrize(("n", "m"), [(9, 9), (60, 12), (2, 5)])
+def test_kid_is_the_unbiased_mmd_of_all_pictures(n: int, m: int) -> None:
+    images, references = features(n, shift=0.5), features(m, seed=1)
+    assert kid(images, references) == pytest.approx(mmd(images, references))
 
 
-def test_kid_of_unequal_sizes_is_the_mean_over_subsets() -> None:
-    images, references = features(60, shift=0.5), features(12, seed=1)
-    assert kid_subset_size(60, 12) == 12
-    assert kid_subset_size(5000, 3000) == 1000
-    assert kid(images, references, seed=0) == kid(images, references, seed=0)
-    assert kid(images, references, seed=0) != kid(images, references, seed=1)
-    assert kid(images, references, seed=0) == pytest.approx(mmd(images, references), rel=0.1)
-
-
-def test_kid_leaves_the_global_random_state_alone() -> None:
+def test_kid_is_that_of_torchmetrics_with_one_subset_of_everything() -> None:
     import torch
+    from torchmetrics.image.kid import KernelInceptionDistance
 
-    before = torch.random.get_rng_state()
-    kid(features(9), features(5), seed=0)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    class Kept(torch.nn.Module):
+        num_features = 6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    images, references = features(30, shift=0.5), features(30, seed=1)
+    metric = KernelInceptionDistance(feature=Kept(), subsets=1, subset_size=30)
+    metric.update(torch.from_numpy(references).double(), real=True)
+    metric.update(torch.from_numpy(images).double(), real=False)
+    assert kid(images, references) == pytest.approx(float(metric.compute()[0]))
 
 
+@pytest.mark.parametrize("prompts", [[0, 1, 2, 3, 4, 5, 6], [3] * 7, ["b", "a", "b", "c", "a", "b", "c"]])
 @pytest.mark.parametrize("paired", [False, True])
-def test_the_margin_of_kid_is_the_jackknife_done_by_hand(paired: bool) -> None:
+def test_the_margin_of_kid_is_the_jackknife_done_by_hand(paired: bool, prompts: list[object]) -> None:
+    """Over whole prompts, of unequal numbers of pictures; over pictures where there is one prompt."""
     images, references = features(7, shift=0.3), features(5, seed=1)
     base = features(7, seed=2) if paired else None
 
@@ -98,16 +105,24 @@ def test_the_margin_of_kid_is_the_jackknife_done_by_hand(paired: bool) -> None:
         return (len(parts) - 1) / len(parts) * float(((np.array(parts) - np.mean(parts)) ** 2).sum())
 
     i, j = np.arange(7), np.arange(5)
-    pictures = variance([value(np.delete(i, k), j) for k in i])
+    names = np.array(prompts)
+    kept = [i[names != name] for name in set(prompts)] if len(set(prompts)) > 1 else [np.delete(i, k) for k in i]
+    pictures = variance([value(keep, j) for keep in kept])
     real = variance([value(i, np.delete(j, k)) for k in j])
-    assert kid_margin(images, references, base) == pytest.approx(1.959964 * np.sqrt(pictures + real), rel=1e-5)
-    assert kid_margin(images[:2], references) is None
-    assert kid_margin(images, references[:2]) is None
+    found = kid_margin(images, references, names, base)
+    assert found == pytest.approx(1.959964 * np.sqrt(pictures + real), rel=1e-5)
+
+
+def test_too_few_pictures_have_no_margin_of_kid() -> None:
+    images, references = features(7), features(5, seed=1)
+    assert kid_margin(images[:2], references, each_its_own(2)) is None
+    assert kid_margin(images, references[:2], each_its_own(7)) is None
+    assert kid_margin(images[:3], references, np.array([0, 0, 1])) is None
 
 
 def test_identical_candidates_have_no_difference_in_kid() -> None:
     images, references = features(7), features(5, seed=1)
-    assert kid_margin(images, references, images) == 0
+    assert kid_margin(images, references, each_its_own(7), images) == 0
 
 
 def test_the_interval_of_kid_covers_its_true_value() -> None:
@@ -115,10 +130,24 @@ def test_the_interval_of_kid_covers_its_true_value() -> None:
     trials, values, margins = 150, [], []
     for trial in range(trials):
         x, y = features(40, 3, seed=2 * trial, shift=1.0), features(40, 3, seed=2 * trial + 1)
-        values.append(kid(x, y, seed=0))
-        margins.append(kid_margin(x, y))
+        values.append(kid(x, y))
+        margins.append(kid_margin(x, y, each_its_own(40)))
     truth = np.mean(values)  # KID is unbiased
     assert 0.88 <= np.mean(np.abs(np.array(values) - truth) <= np.array(margins)) <= 0.99
+
+
+def test_the_interval_of_kid_covers_its_true_value_where_pictures_of_a_prompt_are_alike() -> None:
+    trials, values, margins, narrow = 150, [], [], []
+    prompts = np.repeat(np.arange(25), 4)
+    for trial in range(trials):
+        x = 1 + 0.4 * features(25, seed=3 * trial)[prompts] + 0.2 * features(100, seed=3 * trial + 1)
+        y = 0.5 * features(100, seed=3 * trial + 2)
+        values.append(kid(x, y))
+        margins.append(kid_margin(x, y, prompts))
+        narrow.append(kid_margin(x, y, each_its_own(100)))
+    off = np.abs(np.array(values) - np.mean(values))
+    assert 0.86 <= np.mean(off <= np.array(margins)) <= 0.99  # a cubic kernel of 25 prompts is not quite normal
+    assert np.mean(off <= np.array(narrow)) < 0.75
 
 
 @pytest.mark.parametrize("n", [50, 4])  # 4 pictures of 6 features: covariances of too low a rank
@@ -133,17 +162,32 @@ def test_fid_of_the_same_pictures_is_nothing() -> None:
 
 def test_the_bootstrap_is_seeded_and_has_the_mean() -> None:
     values = features(30, 1)[:, 0]
-    first = bootstrap_mean(values, 500, seed=0)
-    assert first == bootstrap_mean(values, 500, seed=0)
-    assert first != bootstrap_mean(values, 500, seed=1)
+    first = bootstrap_mean(values, each_its_own(30), 500, seed=0)
+    assert first == bootstrap_mean(values, each_its_own(30), 500, seed=0)
+    assert first != bootstrap_mean(values, each_its_own(30), 500, seed=1)
     assert first.mean == pytest.approx(values.mean())
-    assert first.n == 30
     assert first.interval[0] < first.mean < first.interval[1]
 
 
+def test_prompts_are_what_is_resampled_and_pictures_where_there_is_one() -> None:
+    values = features(12, 1)[:, 0]
+    three = bootstrap_mean(values, np.repeat(["b", "a", "c"], 4), 500, seed=0)
+    assert (three.n, three.unit, three.units, three.method) == (12, "prompts", 3, "bootstrap over prompts")
+    one = bootstrap_mean(values, np.repeat(["a"], 12), 500, seed=0)
+    assert (one.n, one.unit, one.units, one.method) == (12, "pictures", 12, "bootstrap over pictures")
+
+
+def test_each_resample_is_a_mean_over_pictures_of_whole_prompts() -> None:
+    """Two prompts, of one and of three pictures: only three means can come up."""
+    values, prompts = np.array([8.0, 0.0, 1.0, 2.0]), np.array([0, 1, 1, 1])
+    found = bootstrap_mean(values, prompts, 500, seed=0)
+    assert found.mean == 11 / 4
+    assert found.interval == (1.0, 8.0)
+
+
 def test_a_single_picture_has_no_interval() -> None:
-    assert bootstrap_mean(np.array([0.5]), 500, seed=0).as_dict() == {
-        "mean": 0.5, "interval": None, "n": 1, "interval_method": None,
+    assert bootstrap_mean(np.array([0.5]), each_its_own(1), 500, seed=0).as_dict() == {
+        "mean": 0.5, "interval": None, "n": 1, "unit": "pictures", "units": 1, "interval_method": None,
     }  # fmt: skip
 
 
@@ -151,13 +195,28 @@ def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     trials, covered = 400, 0
     for _ in range(trials):
-        low, high = bootstrap_mean(rng.exponential(size=40), 400, seed=0).interval
+        low, high = bootstrap_mean(rng.exponential(size=40), np.zeros(40), 400, seed=0).interval
         covered += low <= 1.0 <= high
     assert 0.88 <= covered / trials <= 0.98
 
 
+def test_intervals_cover_the_mean_of_all_prompts_where_pictures_of_a_prompt_are_alike() -> None:
+    """25 prompts of 4 seeds, as the report has them; by pictures alone, the intervals would be too narrow."""
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(25), 4)
+    trials, covered, by_pictures = 400, 0, 0
+    for _ in range(trials):
+        values = 0.3 + rng.normal(0, 0.02, 25)[prompts] + rng.normal(0, 0.01, 100)
+        low, high = bootstrap_mean(values, prompts, 1000, seed=0).interval
+        covered += low <= 0.3 <= high
+        low, high = bootstrap_mean(values, each_its_own(100), 1000, seed=0).interval
+        by_pictures += low <= 0.3 <= high
+    assert 0.90 <= covered / trials <= 0.99
+    assert by_pictures / trials < 0.80
+
+
 def test_many_values_are_resampled_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     values = features(50, 1)[:, 0]
-    whole = bootstrap_mean(values, 300, seed=0)
+    whole = bootstrap_mean(values, each_its_own(50), 300, seed=0)
     monkeypatch.setattr("sd3.evaluation.bootstrap._AT_ONCE", 500)
-    assert bootstrap_mean(values, 300, seed=0) == whole
+    assert bootstrap_mean(values, each_its_own(50), 300, seed=0) == whole

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torchmetrics.functional import pairwise_cosine_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
-KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000
+from sd3.evaluation.bootstrap import units_of
+
 NORMAL_975 = 1.959963984540054  # the standard normal distribution's quantile at 0.975
 
 
@@ -45,63 +44,76 @@ def subject_fidelity(features: np.ndarray, references: np.ndarray) -> np.ndarray
     return cosines(features, references).mean(axis=1)
 
 
-def kid_subset_size(generated: int, references: int) -> int:
-    """The published 1000, or as many pictures as there are on the smaller side."""
-    return min(KID_SUBSET_SIZE, generated, references)
-
-
-def kid(features: np.ndarray, references: np.ndarray, seed: int) -> float:
-    """Kernel inception distance: the unbiased squared MMD under the kernel (x.y / dimension + 1)^3, mean over subsets.
-
-    It can be below zero. At least 2 pictures are needed on each side.
-    """
-    size = kid_subset_size(len(features), len(references))
-    subsets = 1 if size == len(features) == len(references) else KID_SUBSETS  # of the whole there is one subset
-    metric = KernelInceptionDistance(feature=_AsTheyAre(features.shape[1]), subsets=subsets, subset_size=size)
-    metric.update(torch.from_numpy(references).double(), real=True)
-    metric.update(torch.from_numpy(features).double(), real=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # torchmetrics draws its subsets from the global generator
-        return float(metric.compute()[0])
-
-
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x.astype(np.float64) @ y.T.astype(np.float64) / x.shape[1] + 1) ** 3
 
 
-def _kid_without_one(features: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The unbiased squared MMD without picture i [n], and without reference j [m]; n and m are at least 3."""
-    n, m = len(features), len(references)
-    within, across, among = _kernel(features, features), _kernel(features, references), _kernel(references, references)
-    np.fill_diagonal(within, 0)
-    np.fill_diagonal(among, 0)
-    xx, xy, yy = within.sum(), across.sum(), among.sum()
-    without_picture = (
-        (xx - 2 * within.sum(axis=1)) / ((n - 1) * (n - 2))
-        + yy / (m * (m - 1))
-        - 2 * (xy - across.sum(axis=1)) / ((n - 1) * m)
-    )
-    without_reference = (
-        xx / (n * (n - 1))
-        + (yy - 2 * among.sum(axis=1)) / ((m - 1) * (m - 2))
-        - 2 * (xy - across.sum(axis=0)) / (n * (m - 1))
-    )
-    return without_picture, without_reference
+class _Kernels:
+    """The kernel of each picture with each other one (`within` [n, n]), with the references (`across` [n, m]), and of
+    those (`among` [m, m]); that of a picture with itself is 0, for an unbiased estimate leaves it out."""
+
+    def __init__(self, features: np.ndarray, references: np.ndarray) -> None:
+        self.within, self.across = _kernel(features, features), _kernel(features, references)
+        self.among = _kernel(references, references)
+        np.fill_diagonal(self.within, 0)
+        np.fill_diagonal(self.among, 0)
+
+    def mmd(self) -> float:
+        """The unbiased squared MMD."""
+        n, m = self.across.shape
+        return float(
+            self.within.sum() / (n * (n - 1)) + self.among.sum() / (m * (m - 1)) - 2 * self.across.sum() / (n * m)
+        )
+
+    def without_unit(self, units: np.ndarray) -> np.ndarray:
+        """The same without each unit [number of units]; `units` [n] has the number of each picture's."""
+        n, m = self.across.shape
+        left = n - np.bincount(units)
+        inside = units[:, None] == units
+        lost = 2 * np.bincount(units, self.within.sum(axis=1)) - np.bincount(units, (self.within * inside).sum(axis=1))
+        return (
+            (self.within.sum() - lost) / (left * (left - 1))
+            + self.among.sum() / (m * (m - 1))
+            - 2 * (self.across.sum() - np.bincount(units, self.across.sum(axis=1))) / (left * m)
+        )
+
+    def without_reference(self) -> np.ndarray:
+        """The same without each reference [m]."""
+        n, m = self.across.shape
+        return (
+            self.within.sum() / (n * (n - 1))
+            + (self.among.sum() - 2 * self.among.sum(axis=1)) / ((m - 1) * (m - 2))
+            - 2 * (self.across.sum() - self.across.sum(axis=0)) / (n * (m - 1))
+        )
 
 
-def kid_margin(features: np.ndarray, references: np.ndarray, base: np.ndarray | None = None) -> float | None:
-    """Half the width of a 95 % interval of KID, or of its difference from the KID of `base`; None below 3 pictures.
+def kid(features: np.ndarray, references: np.ndarray) -> float:
+    """Kernel inception distance: the unbiased squared MMD of all pictures under the kernel (x.y / dimension + 1)^3.
 
-    A jackknife (Efron, Stein: The Jackknife Estimate of Variance, 1981) over pictures and over references. Bootstrap
-    samples hold pictures twice, and a picture is so like itself that their MMD is too large. With `base`, whose rows
-    are of the same prompts and seeds as those of `features`, a pair is left out at a time, and what both share counts
-    once.
+    It can be below zero. At least 2 pictures are needed on each side.
     """
-    if min(len(features), len(references)) < 3:
+    return _Kernels(features, references).mmd()
+
+
+def kid_margin(
+    features: np.ndarray, references: np.ndarray, prompts: np.ndarray, base: np.ndarray | None = None
+) -> float | None:
+    """Half the width of a 95 % interval of KID, or of its difference from the KID of `base`; None for too few pictures.
+
+    A jackknife (Efron, Stein: The Jackknife Estimate of Variance, 1981) over prompts, or over pictures where `prompts`
+    [n] are all the same, and over references. Bootstrap samples hold pictures twice, and a picture is so like itself
+    that their MMD is too large. With `base`, whose rows are of the same prompts and seeds as those of `features`, both
+    lose the same unit at a time, and what they share counts once.
+    """
+    _, units = units_of(prompts)
+    # What is left has to have two pictures on each side, or there is no pair to compare.
+    if min(len(features) - np.bincount(units).max(), len(references) - 1) < 2:
         return None
-    parts = _kid_without_one(features, references)
+    ours = _Kernels(features, references)
+    parts = [ours.without_unit(units), ours.without_reference()]
     if base is not None:
-        parts = tuple(x - y for x, y in zip(parts, _kid_without_one(base, references), strict=True))  # type: ignore[assignment]
+        theirs = _Kernels(base, references)
+        parts = [parts[0] - theirs.without_unit(units), parts[1] - theirs.without_reference()]
     variance = sum((len(part) - 1) / len(part) * float(((part - part.mean()) ** 2).sum()) for part in parts)
     return NORMAL_975 * math.sqrt(variance)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from sd3.evaluation.bootstrap import Estimate, bootstrap_mean
+from sd3.evaluation.bootstrap import Estimate, bootstrap_mean, units_of
 from sd3.evaluation.candidates import PictureSet
 from sd3.evaluation.measure import Measured
-from sd3.evaluation.metrics import KID_SUBSET_SIZE, fid, kid, kid_margin, kid_subset_size
+from sd3.evaluation.metrics import fid, kid, kid_margin
 
-FORMAT = 1  # of metrics.json; raised when a key changes its meaning
-SEED = 0  # of the bootstrap and of KID's subsets
+FORMAT = 2  # of metrics.json; raised when a key changes its meaning
+SEED = 0  # of the bootstrap
 PACKAGES = ("torch", "torchvision", "transformers", "torchmetrics", "numpy", "pillow")
 
 
@@ -26,16 +26,17 @@ class _Figures:
     measured: Measured
     metrics: Sequence[str]
     resamples: int
-
-    def _mean(self, values: np.ndarray) -> dict[str, Any]:
-        return bootstrap_mean(values, self.resamples, SEED).as_dict()
+    prompts: np.ndarray  # of each picture
 
     def of_pictures(self, candidate: int, where: np.ndarray | slice, base: int | None = None) -> dict[str, Any]:
         """Metrics that each picture has, over the pictures `where`; with `base`, the difference over pairs."""
         return {
-            metric: self._mean(values[candidate][where] - (0 if base is None else values[base][where]))
+            metric: bootstrap_mean(
+                values[candidate][where] - (0 if base is None else values[base][where]), self.prompts[where],
+                self.resamples, SEED,
+            ).as_dict()
             for metric, values in self.measured.values.items()
-        }
+        }  # fmt: skip
 
     def of_sets(self) -> list[dict[str, Estimate]]:
         """KID and FID of each candidate."""
@@ -44,11 +45,11 @@ class _Figures:
         for features in self.measured.kid_features if references is not None else []:
             figures = {}
             if "kid" in self.metrics:
-                figures["kid"] = _with_margin(
-                    kid(features, references, SEED), kid_margin(features, references), len(features)
+                figures["kid"] = self._of_set(
+                    kid(features, references), kid_margin(features, references, self.prompts)
                 )
             if "fid" in self.metrics:
-                figures["fid"] = Estimate(fid(features, references), None, len(features), "none")
+                figures["fid"] = self._of_set(fid(features, references), None)
             found.append(figures)
         return found
 
@@ -59,13 +60,18 @@ class _Figures:
         features, references = self.measured.kid_features, self.measured.kid_references
         found = {}
         for metric, ours in of_sets[candidate].items():
-            margin = kid_margin(features[candidate], references, base=features[0]) if metric == "kid" else None
-            found[metric] = _with_margin(ours.mean - of_sets[0][metric].mean, margin, ours.n).as_dict()
+            margin = None
+            if metric == "kid":
+                margin = kid_margin(features[candidate], references, self.prompts, base=features[0])
+            found[metric] = self._of_set(ours.mean - of_sets[0][metric].mean, margin).as_dict()
         return found
 
-
-def _with_margin(value: float, margin: float | None, n: int) -> Estimate:
-    return Estimate(value, None if margin is None else (value - margin, value + margin), n, "jackknife")
+    def _of_set(self, value: float, margin: float | None) -> Estimate:
+        unit, numbers = units_of(self.prompts)
+        interval = None if margin is None else (value - margin, value + margin)
+        return Estimate(
+            value, interval, len(numbers), unit, int(numbers.max()) + 1, f"jackknife over {unit} and references"
+        )
 
 
 def summarize(
@@ -81,7 +87,8 @@ def summarize(
         text_of: the text that CLIP-T compares with, from a prompt.
         resamples: of the bootstrap.
     """
-    figures = _Figures(sets, measured, metrics, resamples)
+    prompts_of_pictures = np.array([prompt for prompt, _ in sets[0].keys()])
+    figures = _Figures(sets, measured, metrics, resamples, prompts_of_pictures)
     of_sets = figures.of_sets()
     everywhere = slice(None)
     candidates = []
@@ -100,7 +107,6 @@ def summarize(
         }
         for number in range(1, len(sets))
     ]  # fmt: skip
-    prompts_of_pictures = np.array([prompt for prompt, _ in sets[0].keys()])
     prompts = []
     for prompt in dict.fromkeys(prompts_of_pictures.tolist()):
         where = np.flatnonzero(prompts_of_pictures == prompt)
@@ -145,8 +151,6 @@ def _cautions(figures: _Figures) -> list[str]:
         return []
     generated, dimension = len(figures.sets[0].paths), references.shape[1]
     notes = []
-    if "kid" in figures.metrics and (size := kid_subset_size(generated, len(references))) < KID_SUBSET_SIZE:
-        notes.append(f"KID was taken over subsets of {size} pictures; published ones are usually of {KID_SUBSET_SIZE}.")
     if "fid" in figures.metrics:
         smaller = min(generated, len(references))
         if smaller <= dimension:

@@ -61,10 +61,9 @@ def evaluate(options: argparse.Namespace, inference: Inference) -> dict[str, Any
 
 
 def _quiet() -> None:
-    """Keep to ourselves what the libraries say to those who train: that heads are new, that features are buffered."""
+    """Keep to ourselves what the libraries say to those who train, of heads that are new."""
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`", module="torchmetrics")
 
 
 def _text(path: Path | None) -> str | None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from sd3.evaluation.names import HIGHER_IS_BETTER, TITLES
 
-# Below this many pairs an interval by resampling says little: of four pairs, all four are on one side of 0 in one case
-# of eight where there is no difference at all.
-LEAST_PAIRS = 10
+# Below this many prompts, or pairs where there is one prompt, an interval by resampling says little: of four, all four
+# are on one side of 0 in one case of eight where there is no difference at all.
+LEAST_UNITS = 10
 
 
 def number(value: float, signed: bool = False) -> str:
@@ -21,8 +21,8 @@ def verdict(metric: str, difference: dict[str, Any]) -> str:
     """`better`, `worse`, or `unclear` where the interval holds 0; else why nothing can be said."""
     if difference["interval"] is None:
         return "no interval"
-    if difference["n"] < LEAST_PAIRS:
-        return "too few pictures"
+    if difference["units"] < LEAST_UNITS:
+        return f"too few {difference['unit']}"
     low, high = difference["interval"]
     if low <= 0 <= high:
         return "unclear"
