@@ -28,5 +28,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    start((*PACKAGES, "torchvision", "torchmetrics", "jinja2", "pyarrow"))
+    start((*PACKAGES, "torchvision", "torchmetrics", "jinja2", "pyarrow", "datasets"))
     sys.exit(main())

@@ -15,7 +15,7 @@ from conftest import prepared
 from evaluation_parts import CLIP_WIDTH, VIT_WIDTH, draw, make_feature_models
 from sd3.common.command_line import UserError
 from sd3.evaluation.feature_cache import FeatureCache
-from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, InceptionModel, load_kid_model
+from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, FeatureModel, InceptionModel, load_kid_model
 from sd3.evaluation.features import extract
 from sd3.evaluation.images import ImageSource, sha256
 
@@ -88,6 +88,15 @@ def test_a_hash_names_the_weights_and_not_their_place(models: Path, tmp_path: Pa
     (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
     assert ClassTokenModel("--dino-model", str(tmp_path / "moved")).digest != vit.digest
     assert ClassTokenModel("--dino-model", str(models / "dinov2")).digest != vit.digest
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ClassTokenModel, "vit"), (ClipModel, "clip")])
+def test_a_hash_does_not_follow_the_version_of_the_library(
+    models: Path, monkeypatch: pytest.MonkeyPatch, kind: type[FeatureModel], name: str
+) -> None:
+    before = kind("--some-model", str(models / name)).digest
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0")
+    assert kind("--some-model", str(models / name)).digest == before
 
 
 def test_inception_features_are_what_the_last_layer_reads(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_metrics_hold_means_intervals_and_numbers(evaluated: Path) -> None:
                 assert estimate["interval_method"] == how
                 assert estimate["interval"][0] <= estimate["mean"] <= estimate["interval"][1]
         assert (candidate["steps"], candidate["model_hash"]) == (28, "a" * 64)
-    assert all(re.fullmatch("[0-9a-f]{64}", model["sha256_of_weights"]) for model in found["feature_models"].values())
+    for model in found["feature_models"].values():
+        assert re.fullmatch("[0-9a-f]{64}", model["sha256_of_weights_and_configuration"])
     assert found["versions"]["torchmetrics"] == "1.9.0"
     assert found["settings"]["seeds"] == SEEDS
 
@@ -377,10 +378,12 @@ def test_figures_are_short_and_judged_with_care() -> None:
     assert verdict("fid", {**sure, "interval": None}) == "no interval"
 
 
-def run_script(*arguments: str, python: str = sys.executable, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *arguments: str, python: str = sys.executable, cwd: Path, script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in {"SD3_REEXECUTED", "PYTHONPATH"}}
     return subprocess.run(
-        [python, str(SCRIPT), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [python, str(script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -393,15 +396,33 @@ def test_the_script_runs_from_anywhere(tmp_path: Path, folders: list[str], model
     assert metrics_of(tmp_path / "eval_result")["metrics"] == ["clip-t"]
 
 
-def test_another_python_goes_on_in_the_projects_or_says_what_is_missing(tmp_path: Path) -> None:
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A copy of the project without an environment, and beside it, in `bare`, a Python without packages."""
+    shutil.copytree(PROJECT / "sd3", tmp_path / "project" / "sd3", ignore=shutil.ignore_patterns("__pycache__"))
     venv.create(tmp_path / "bare", with_pip=False)
-    result = run_script("--help", python=str(tmp_path / "bare" / "bin" / "python"), cwd=tmp_path)
-    if result.returncode == 0:
-        assert "going on with" in result.stderr
-        assert "--pictures" in result.stdout
-    else:
-        assert result.returncode == 3
-        assert f"run: bash {PROJECT / 'setup_env.sh'}" in result.stderr
+    return tmp_path / "project"
+
+
+def run_bare(project: Path) -> subprocess.CompletedProcess[str]:
+    bare, script = project.parent / "bare" / "bin" / "python", project / "sd3" / "evaluate_sd3.py"
+    return run_script("--help", python=str(bare), cwd=project.parent, script=script)
+
+
+def test_another_python_goes_on_in_the_projects(elsewhere: Path) -> None:
+    (elsewhere / "build").mkdir()
+    (elsewhere / "build" / "venv.path").write_text(f"{sys.prefix}\n")
+    result = run_bare(elsewhere)
+    assert result.returncode == 0
+    assert f"going on with {Path(sys.prefix) / 'bin' / 'python'}" in result.stderr
+    assert "--pictures" in result.stdout
+
+
+def test_without_an_environment_it_says_what_is_missing_and_how_to_make_one(elsewhere: Path) -> None:
+    result = run_bare(elsewhere)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert f"run: bash {elsewhere / 'setup_env.sh'}" in result.stderr
+    assert {"torch", "torchmetrics", "pyarrow", "datasets"} <= set(re.findall(r"\w+", result.stderr))
 
 
 def test_help_has_every_flag_with_its_meaning(tmp_path: Path) -> None:

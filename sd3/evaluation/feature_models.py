@@ -21,7 +21,7 @@ INCEPTION = "inception-v3"
 
 
 class FeatureModel(abc.ABC):
-    """A model for pictures. `digest` is a hash of its weights; `preprocessing` says in full how a picture is fed."""
+    """A model for pictures. `digest` is a hash of weights and configuration; `preprocessing` says how it is fed."""
 
     name: str
     digest: str
@@ -40,6 +40,14 @@ def weights_hash(config: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> st
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _lasting(config: Any) -> Any:
+    """A configuration less what says where it came from and which version of the library read it."""
+    if isinstance(config, dict):
+        passing = {"_name_or_path", "transformers_version"}
+        return {key: _lasting(value) for key, value in config.items() if key not in passing}
+    return config
 
 
 def check_name(option: str, name: str, what: str) -> None:
@@ -93,7 +101,7 @@ class _TransformersModel(FeatureModel):
         self.name = name
         model, unused = _load_model(option, name, what, kind, local_files_only)
         self._processor = _load(option, name, what, AutoImageProcessor.from_pretrained, local_files_only)
-        config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+        config = _lasting(model.config.to_dict())
         kept = ((key, tensor) for key, tensor in model.state_dict().items() if key not in unused)
         self.digest = weights_hash(json.dumps(config, sort_keys=True, default=str), kept)
         self.preprocessing = json.dumps(self._processor.to_dict(), sort_keys=True, default=str)

@@ -47,8 +47,8 @@ class Measured:
     def describe(self, use: str, model: FeatureModel) -> None:
         """Remember which model was used for what."""
         self.models[use] = {
-            "name": model.name, "sha256_of_weights": model.digest, "preprocessing": model.preprocessing,
-            "dimension": str(model.dimension),
+            "name": model.name, "sha256_of_weights_and_configuration": model.digest,
+            "preprocessing": model.preprocessing, "dimension": str(model.dimension),
         }  # fmt: skip
 
 
