@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sd3.common import pictures
 from sd3.common.command_line import UserError
 
 
@@ -46,15 +46,9 @@ def decode(name: str, content: bytes) -> Image.Image:
         UserError: the bytes are no whole picture.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return pictures.decode(content)
+    except pictures.PictureError as error:
         raise UserError(f"{name} cannot be read as a picture ({error}); mend or remove it.") from None
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
-    return upright.convert("RGB")
 
 
 def images_in(folder: Path, option: str) -> list[ImageSource]:

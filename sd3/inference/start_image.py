@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import io
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd3.common.command_line import UserError
+from sd3.common.pictures import PictureError, decode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,14 +26,10 @@ def read_image(place: str) -> tuple[Image.Image, str]:
         UserError: it cannot be had, or is no picture.
     """
     content = _download(place) if place.startswith(("http://", "https://")) else _read(place)
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return decode(content), hashlib.sha256(content).hexdigest()
+    except PictureError as error:
         raise UserError(f"--image={place} cannot be read as a picture ({error}); give a PNG or JPEG.") from None
-    return upright, hashlib.sha256(content).hexdigest()
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
