@@ -75,11 +75,14 @@ from_git() {
 }
 
 # made_by_older_queue: the checkout is, byte for byte, what set-up once made of another pin or another queue.
-made_by_older_queue() (
-  exec 2>/dev/null
-  { read -r UPSTREAM_TREE && UPSTREAM_FILES="$(cat)"; } <"$CHECKOUT/.git/$MADE_BY" || exit 1
-  queue_source_ok "$CHECKOUT" && [ -z "$(queue_git -C "$CHECKOUT" ls-files --others --exclude-standard)" ]
-)
+made_by_older_queue() {
+  # Those that queue_source_ok reads, for the time of this function.
+  local UPSTREAM_TREE UPSTREAM_FILES record="$CHECKOUT/.git/$MADE_BY"
+  [ -r "$record" ] || return 1
+  { read -r UPSTREAM_TREE && UPSTREAM_FILES="$(cat)"; } <"$record" || return 1
+  queue_source_ok "$CHECKOUT" 2>/dev/null &&
+    [ -z "$(queue_git -C "$CHECKOUT" ls-files --others --exclude-standard)" ]
+}
 
 # get_source [SOURCE]: make build/diffusers right, or say why not.
 get_source() {
