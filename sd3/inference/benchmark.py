@@ -27,7 +27,6 @@ from sd3.inference.ranks import Ranks
 from sd3.inference.run import check_dtype, versions
 from sd3.inference.sources import find_sources
 
-
 # glibc keeps freed memory for later, which a card's allocator counts as free. With this it gives it back at once, which
 # takes time: on a CPU, memory has a run of its own.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
