@@ -82,7 +82,8 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
         return [f"{option}={name} is a file; give the directory with model_index.json in it."]
     missing = [] if (root / "model_index.json").is_file() else ["model_index.json"]
     missing += [what for part in MODELS for what in missing_files(root / part)]
-    missing += [name for name in ("scheduler/scheduler_config.json",) if not (root / name).is_file()]
+    if not (root / "scheduler" / "scheduler_config.json").is_file():
+        missing.append("scheduler/scheduler_config.json")
     missing += [what for part in TOKENIZERS for what in missing_tokenizer_files(root / part)]
     broken = [what for part in MODELS for what in damaged_files(root / part)]
     problems = []
