@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring what was written to `path`, a file or a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -36,13 +36,13 @@ def new_file(path: Path) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        _sync(aside)
+        sync(aside)
         aside.chmod(_mode_of_new(0o666))
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,10 +70,10 @@ def new_directory(path: Path, option: str) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.rglob("*"):
-            _sync(file)
+            sync(file)
         aside.chmod(_mode_of_new(0o777))
         os.replace(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)

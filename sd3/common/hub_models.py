@@ -1,0 +1,38 @@
+"""The directory of a model that may be named by its hub name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sd3.common.command_line import UserError
+from sd3.common.model_files import check_model
+
+
+def model_directory(
+    name: str, option: str, revision: str | None = None, variant: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The pipeline directory `name`, or that of a hub model in the local cache, downloaded if allowed and needed.
+
+    `option` named it, for messages.
+
+    Raises:
+        UserError: it is neither, is incomplete or damaged, or cannot be had from the hub.
+    """
+    if problems := check_model(name, option):
+        raise UserError(problems[0])
+    if Path(name).exists():
+        return Path(name)
+    from diffusers import StableDiffusion3Pipeline
+
+    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    try:
+        return Path(
+            StableDiffusion3Pipeline.download(name, revision=revision, variant=variant, local_files_only=offline)
+        )
+    except (OSError, ValueError) as error:
+        why = "it is not in the local cache" if offline else str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{option}={name} is no directory here, and cannot be had from the hub ({why}); give the directory of the "
+            "model, or log in with 'huggingface-cli login' if it is gated."
+        ) from None

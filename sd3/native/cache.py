@@ -1,0 +1,114 @@
+"""Tensors on disk under the hash of what they were computed from; written once, read by any run that needs the same.
+
+A file holds safetensors and nothing else, so reading one executes nothing. It appears whole or not at all, and whoever
+computes the same entry at the same time writes the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sd3.common.command_line import UserError
+from sd3.common.files import new_file
+
+logger = logging.getLogger(__name__)
+Tensors = dict[str, torch.Tensor]
+KEPT_BYTES = 2 << 30  # of what was read, kept in memory by one process
+
+
+class Cache:
+    """The entries below a directory."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is made when the first entry is written."""
+        self.folder = folder
+        self._kept: dict[str, Tensors] = {}
+        self._room = KEPT_BYTES
+
+    @staticmethod
+    def key(**facts: object) -> str:
+        """The name of an entry: a hash of everything that its tensors depend on."""
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def file(self, key: str) -> Path:
+        """Where an entry lies."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def holds(self, key: str) -> bool:
+        """Is there a whole entry? One that cannot be read counts as none, and is computed again."""
+        if not self.file(key).is_file():
+            return False
+        try:
+            self.read(key)
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s is damaged (%s) and will be computed again.", self.file(key), error)
+            return False
+        return True
+
+    def read(self, key: str) -> Tensors:
+        """The tensors of an entry, on the CPU.
+
+        Raises:
+            SafetensorError, OSError: it is not there or not whole.
+        """
+        if key not in self._kept:
+            tensors = load_file(self.file(key))
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if size > self._room:
+                return tensors
+            self._room -= size
+            self._kept[key] = tensors
+        return self._kept[key]
+
+    def write(self, key: str, tensors: Tensors) -> None:
+        """Store an entry.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with new_file(self.file(key)) as aside:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--precompute_dir={self.folder} cannot be written ({error}); free some space or name another.", 1
+            ) from None
+
+
+def compute_missing(
+    cache: Cache,
+    keys: Sequence[str],
+    compute: Callable[[list[int]], list[Tensors]],
+    chunk_size: int,
+    mine: Callable[[int], bool],
+    progress: Callable[[int], object],
+) -> int:
+    """Fill in the entries that are not there, a chunk of `chunk_size` at a time; returns how many were written.
+
+    A chunk with an entry missing is computed whole: the composition of a batch can show in the last bits of its
+    results, and a run that was killed half-way must end with the very entries of one that was not.
+
+    `compute` maps places in `keys` to their tensors; `mine` says of a chunk's number whether this rank computes it;
+    `progress` is told how many places are done.
+    """
+    written = 0
+    for number, first in enumerate(range(0, len(keys), chunk_size)):
+        if not mine(number):
+            continue
+        chunk = list(range(first, min(first + chunk_size, len(keys))))
+        missing = [place for place in chunk if not cache.holds(keys[place])]
+        if missing:
+            tensors = dict(zip(chunk, compute(chunk), strict=True))
+            for place in missing:
+                cache.write(keys[place], tensors[place])
+        written += len(missing)
+        progress(len(chunk))
+    return written

@@ -1,0 +1,158 @@
+"""Batches for the training loop, read from the cache in the order of the stream."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sd3.native.cache import Cache
+from sd3.native.pictures import class_samples, instance_samples
+from sd3.native.precompute import Precompute
+from sd3.native.prior import class_pictures
+from sd3.native.randomness import seed_of
+from sd3.native.step import Batch
+from sd3.native.stream import Stream
+from sd3.native.text import Tokenizers
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture with its caption: the cache's keys of its views (plain, and mirrored where flips are on)."""
+
+    name: str
+    latents: tuple[str, ...]
+    caption: str
+
+
+class Items:
+    """Everything the run is trained on: pictures of the subject and, with prior preservation, of its class."""
+
+    def __init__(self, options: argparse.Namespace, precompute: Precompute) -> None:
+        """Find the pictures and have what is missing in the cache computed; every rank calls this.
+
+        Raises:
+            UserError: data or cache cannot be read or written.
+        """
+        halves = [instance_samples(options)]
+        if options.with_prior_preservation:
+            halves.append(class_samples(options, class_pictures(options)))
+        keys = iter(precompute.latents([view for half in halves for sample in half for view in sample.views]))
+        self.halves = [
+            [Item(one.views[0].name, tuple(next(keys) for _ in one.views), one.caption) for one in half]
+            for half in halves
+        ]
+        self.captions = list(dict.fromkeys(item.caption for half in self.halves for item in half))
+
+    def __len__(self) -> int:
+        """Samples of an epoch; the smaller half is gone through more than once."""
+        return max(len(half) for half in self.halves)
+
+    def __getitem__(self, number: int) -> list[Item]:
+        """What a number of the stream stands for: one item of each half."""
+        return [half[number % len(half)] for half in self.halves]
+
+    def signature(self) -> str:
+        """A hash of pictures and captions, by which a resume knows its data again."""
+        facts = [[(item.latents, item.caption) for item in half] for half in self.halves]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class Texts:
+    """What the model is given for a caption: embeds from the cache, or token ids where text encoders are trained."""
+
+    def __init__(self, cache: Cache, keys: dict[str, str] | None, tokens: dict[str, tuple[torch.Tensor, ...]]) -> None:
+        """`keys` of the embeds in the cache by caption; None to give `tokens`."""
+        self.cache, self.keys, self.tokens = cache, keys, tokens
+
+    @classmethod
+    def prepare(cls, options: argparse.Namespace, items: Items, precompute: Precompute, dtype: torch.dtype) -> Texts:
+        """Have the captions' embeds in the cache, or tokenize them; every rank calls this."""
+        captions, length = items.captions, options.max_sequence_length
+        if not options.train_text_encoder:
+            return cls(
+                precompute.cache, dict(zip(captions, precompute.prompts(captions, dtype, length), strict=True)), {}
+            )
+        columns = Tokenizers(precompute.model, length)(captions)
+        return cls(precompute.cache, None, dict(zip(captions, zip(*columns, strict=True), strict=True)))
+
+    def __getitem__(self, caption: str) -> tuple[torch.Tensor, ...]:
+        """Prompt embeds [T, D] and pooled [P], or the three token ids."""
+        if self.keys is None:
+            return self.tokens[caption]
+        entry = self.cache.read(self.keys[caption])
+        return entry["prompt"], entry["pooled"]
+
+
+@dataclass(frozen=True)
+class Samples(Dataset):
+    """Items with their latents, by position in the stream."""
+
+    items: Items
+    stream: Stream
+    cache: Cache
+
+    def __getitem__(self, position: int) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor, str]]]:
+        """The position, and mean, log-variance and caption of one item of each half."""
+        flipped = random.Random(seed_of(self.stream.seed, "flip", position)).random() < 0.5
+        found = []
+        for item in self.items[self.stream.sample(position)]:
+            entry = self.cache.read(item.latents[flipped and len(item.latents) > 1])
+            found.append((entry["mean"], entry["logvar"], item.caption))
+        return position, found
+
+
+class Loader:
+    """This rank's batches, one after another, from a position of the stream to the end of the run."""
+
+    def __init__(self, options: argparse.Namespace, samples: Samples, texts: Texts, device: torch.device) -> None:
+        """`device`: where the batches are to be."""
+        self.options, self.samples, self.texts, self.device = options, samples, texts, device
+
+    def batches(self, position: int, rank: int, steps: int) -> Iterator[Batch]:
+        """The batches of a rank over `steps` optimizer steps from `position` on."""
+        workers = self.options.dataloader_num_workers
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=self.samples.stream.batches(position, rank, steps),
+            collate_fn=self._collate,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+        for positions, mean, logvar, texts, rows in loader:
+            mean, logvar, rows, *texts = (
+                tensor.to(self.device, non_blocking=True) for tensor in (mean, logvar, rows, *texts)
+            )
+            yield Batch(mean, logvar, tuple(text.index_select(0, rows) for text in texts), positions)
+
+    def _collate(
+        self, batch: Sequence
+    ) -> tuple[list[int], torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Positions, means, log-variances, each distinct caption's text, and which of them each row has.
+
+        The rows are the subject's pictures, then those of the class.
+        """
+        positions = [position for position, _ in batch]
+        rows = [half for halves in zip(*(found for _, found in batch), strict=True) for half in halves]
+        captions = list(dict.fromkeys(caption for _, _, caption in rows))
+        texts = [torch.stack(column) for column in zip(*(self.texts[caption] for caption in captions), strict=True)]
+        return (
+            positions,
+            torch.stack([mean for mean, _, _ in rows]),
+            torch.stack([logvar for _, logvar, _ in rows]),
+            texts,
+            torch.tensor([captions.index(caption) for _, _, caption in rows]),
+        )
+
+
+def names_at(items: Items, stream: Stream, positions: Sequence[int]) -> list[str]:
+    """The pictures at positions of the stream, for a message."""
+    return [Path(item.name).name for position in positions for item in items[stream.sample(position)]]

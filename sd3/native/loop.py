@@ -1,0 +1,235 @@
+"""The run, from top to bottom: prepare, resume, train, write the result; the same for full fine-tuning and LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from sd3.common.command_line import UserError
+from sd3.common.hub_models import model_directory
+from sd3.common.model_sizes import CLIP_TOKENS
+from sd3.native import checkpoint, checkpoint_files, hub
+from sd3.native.checkpoint import Checkpoints
+from sd3.native.data import Items, Loader, Samples, Texts, names_at
+from sd3.native.metrics import Metrics, Reading
+from sd3.native.model import Trained
+from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
+from sd3.native.options import block_numbers, parse, public
+from sd3.native.outputs import write_result
+from sd3.native.painting import Painter
+from sd3.native.precompute import Precompute
+from sd3.native.prior import make_class_images
+from sd3.native.profile import Profile
+from sd3.native.randomness import fresh_seed, seed_everything, seed_of
+from sd3.native.step import Batch, FlowMatching, draw
+from sd3.native.stop import Stopper, alone_in
+from sd3.native.stream import Stream
+from sd3.native.utilization import Work, device_name, work_of
+
+logger = logging.getLogger(__name__)
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(kind: str, arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; `kind` is `full` or `lora`. Returns the exit status."""
+    try:
+        options = parse(kind, arguments)
+        accelerator = start_accelerator(options)
+        # The main rank holds the directory for all.
+        with alone_in(Path(options.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+            return run(options, kind, accelerator)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
+
+
+def start_accelerator(options: argparse.Namespace) -> Accelerator:
+    """Join the other ranks, and set up logging and precision."""
+    output = Path(options.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        mixed_precision=options.mixed_precision,
+        log_with=options.report_to,
+        project_config=ProjectConfiguration(project_dir=output, logging_dir=output / options.logging_dir),
+        # Every trained parameter takes part in every step: nobody has to search for those that do not.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    # A launch configuration's own number would win over the flag.
+    accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_accumulation_steps"] = options.gradient_accumulation_steps
+        config["train_micro_batch_size_per_gpu"] = options.train_batch_size
+        if config.get("gradient_clipping", "auto") == "auto":
+            config["gradient_clipping"] = options.max_grad_norm
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
+    )
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
+    if options.attention != "auto":
+        torch.backends.cuda.enable_flash_sdp(options.attention == "flash")
+        torch.backends.cuda.enable_mem_efficient_sdp(options.attention == "efficient")
+        torch.backends.cuda.enable_math_sdp(options.attention == "math")
+    return accelerator
+
+
+def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int:
+    """One run, to its end or to a signal; returns the exit status."""
+    device, ranks = accelerator.device, accelerator.num_processes
+    dtype = DTYPES[accelerator.mixed_precision]
+    model_folder = model_directory(
+        options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision, options.variant
+    )
+    repository = hub.prepare_repo(options) if accelerator.is_main_process else None
+
+    resumed = checkpoint.find(options, accelerator, kind)
+    done, position, seed = 0, 0, agreed_seed(options)
+    if resumed:
+        done, position, seed = (resumed[1][name] for name in ("step", "position", "seed"))
+
+    # What never changes is computed before the model to be trained is loaded.
+    if options.with_prior_preservation:
+        make_class_images(options, model_folder, accelerator)
+    precompute = Precompute(options, model_folder, accelerator)
+    items = Items(options, precompute)
+    texts = Texts.prepare(options, items, precompute, dtype)
+    painter = Painter(options, accelerator, precompute, dtype)
+
+    set_seed(seed)
+    trained = Trained(options, kind, model_folder, dtype)
+    optimizer = make_optimizer(options, trained.groups(scaled_learning_rate(options, ranks)), device.type, logger)
+    stream = Stream(seed, len(items), options.train_batch_size, options.gradient_accumulation_steps, ranks)
+    steps = options.max_train_steps or options.num_train_epochs * stream.steps_an_epoch
+    schedule = make_lr_schedule(options, optimizer, steps)
+    model, optimizer = accelerator.prepare(trained.denoiser, optimizer)
+    checkpoints = Checkpoints(options, accelerator, trained, model, optimizer, schedule)
+    if resumed:
+        checkpoints.load(*resumed)
+        logger.info("Resuming from %s.", resumed[0])
+        if resumed[1]["data"] != items.signature():
+            logger.warning("The data are not those of %s: the run goes on, but not as it would have.", resumed[0])
+    elif options.resume_from_checkpoint:
+        logger.warning("%s holds no complete checkpoint; starting anew.", options.output_dir)
+    if accelerator.is_main_process:
+        checkpoint_files.clear_leftovers(Path(options.output_dir), newer_than=done)
+        accelerator.init_trackers("dreambooth-sd3-lora" if kind == "lora" else "dreambooth-sd3", public(options))
+
+    vae = AutoencoderKL.load_config(model_folder / "vae")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model_folder / "scheduler")
+    flow = FlowMatching(options, scheduler, vae["shift_factor"], vae["scaling_factor"], dtype, device)
+    loader = Loader(options, Samples(items, stream, precompute.cache), texts, device)
+    batches = loader.batches(position, accelerator.process_index, steps - done)
+    metrics = Metrics(
+        accelerator, stream.samples_a_step, work(options, trained), device_name(device), first=done, last=steps
+    )
+    log_every = options.log_every or (1 if device.type == "cpu" else 10)
+    profile = Profile(options.profile, Path(options.output_dir) / "profile", accelerator.process_index, device.type)
+    stopper = Stopper()
+    logger.info(
+        "Training %s: %d samples, %d steps of %d, %d an epoch.",
+        kind, len(items), steps, stream.samples_a_step, stream.steps_an_epoch,
+    )  # fmt: skip
+
+    for step in range(done + 1, steps + 1):
+        stopper.ask()
+        rate = schedule.get_last_lr()[0]
+        with profile.step(step - done):
+            loss = optimize(options, seed, accelerator, model, optimizer, flow, batches)
+        schedule.step()
+        metrics.add(step, position, loss, rate)
+        position += stream.samples_a_step
+
+        signal = stopper.answer()
+        at_checkpoint = step % options.checkpointing_steps == 0 or signal
+        if step % log_every == 0 or at_checkpoint or step == steps:
+            check(options, metrics.read(), items, stream, checkpoints)
+        if at_checkpoint:
+            with metrics.paused():
+                checkpoints.save(step, {"position": position, "seed": seed, "data": items.signature()})
+        if signal:
+            logger.warning("Stopped by signal %d after step %d; checkpoint-%d is complete.", signal, step, step)
+            metrics.close()
+            return 128 + signal
+        epoch, rest = divmod(step, stream.steps_an_epoch)
+        if rest == 0 and painter.due(epoch - 1) and accelerator.is_main_process:
+            with metrics.paused():
+                painter.paint(trained, epoch - 1)
+
+    metrics.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_result(trained, model_folder, Path(options.output_dir), dtype)
+        epochs = math.ceil(steps / stream.steps_an_epoch)
+        pictures = painter.paint(trained, epochs - 1, "test") if painter.wanted else []
+        if repository:
+            hub.upload(options, repository, pictures, kind, bool(options.train_text_encoder))
+    accelerator.end_training()
+    return 0
+
+
+def agreed_seed(options: argparse.Namespace) -> int:
+    """The run's seed, the same on all ranks."""
+    return options.seed if options.seed is not None else broadcast_object_list([fresh_seed()])[0]
+
+
+def optimize(
+    options: argparse.Namespace, seed: int, accelerator: Accelerator, model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer, flow: FlowMatching, batches: Iterator[Batch],
+) -> torch.Tensor:  # fmt: skip
+    """One optimizer step over its batches; returns their mean loss, a scalar on the device."""
+    losses = []
+    for _ in range(options.gradient_accumulation_steps):
+        batch = next(batches)
+        seed_everything(seed_of(seed, "dropout", batch.positions[0]))
+        with accelerator.accumulate(model):
+            loss = flow.loss(model, batch, draw(options, seed, batch, len(flow.timesteps)))
+            accelerator.backward(loss)
+            # DeepSpeed clips by its own configuration.
+            if accelerator.sync_gradients and accelerator.distributed_type != DistributedType.DEEPSPEED:
+                accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def check(
+    options: argparse.Namespace, readings: Sequence[Reading], items: Items, stream: Stream, checkpoints: Checkpoints
+) -> None:
+    """Stop where a loss is not finite, before such weights reach a checkpoint.
+
+    Raises:
+        UserError: as said, with the step, its pictures and the last good checkpoint.
+    """
+    bad = next((one for one in readings if not math.isfinite(one.loss)), None)
+    if bad is None or options.continue_on_nonfinite:
+        return
+    names = names_at(items, stream, range(bad.position, bad.position + stream.samples_a_step))
+    raise UserError(
+        f"the loss of step {bad.step} is {bad.loss} (pictures: {', '.join(dict.fromkeys(names))}); lower "
+        f"--learning_rate or look at these pictures. The last good checkpoint: {checkpoints.last()}.", 1,
+    )  # fmt: skip
+
+
+def work(options: argparse.Namespace, trained: Trained) -> Work:
+    """What training costs for one picture of this run."""
+    transformer = trained.parts["transformer"]
+    blocks = len(transformer.transformer_blocks)
+    recomputed = len(block_numbers(options.checkpointed_blocks, blocks)) if options.gradient_checkpointing else 0
+    tokens = CLIP_TOKENS + options.max_sequence_length
+    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, recomputed / blocks)

@@ -1,0 +1,111 @@
+"""What a run tells about itself: loss, learning rate, pictures a second and utilization, to progress line and tracker.
+
+The losses stay on the device and are read together every few steps, so that no step waits for the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from sd3.native.utilization import Work, peak_of
+
+
+class LineByLine:
+    """Standard error for a progress bar where it is not a terminal: each redraw becomes a line."""
+
+    def write(self, text: str) -> None:
+        """Write what is not blank."""
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        """As a file's."""
+        sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One step, read back."""
+
+    step: int
+    position: int  # of its first sample in the stream
+    loss: float  # mean over its batches and all ranks
+
+
+class Metrics:
+    """Collects losses; `read` brings them to the host, the progress line and the trackers."""
+
+    def __init__(
+        self, accelerator: Accelerator, pictures_a_step: int, work: Work, device_name: str, first: int, last: int
+    ) -> None:
+        """`first`: steps already made, `last`: steps in all."""
+        self.accelerator, self.pictures_a_step, self.work = accelerator, pictures_a_step, work
+        peak = peak_of(device_name)
+        self.peak = peak and peak * accelerator.num_processes
+        on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=last, initial=first, desc="Steps", disable=not accelerator.is_local_main_process,
+            **({} if on_terminal else {"file": LineByLine(), "mininterval": math.inf}),
+        )  # fmt: skip
+        self.waiting: list[tuple[int, int, torch.Tensor, float]] = []  # step, position, loss, learning rate
+        self.since = time.time()
+
+    def add(self, step: int, position: int, loss: torch.Tensor, rate: float) -> None:
+        """Note a step's loss, a scalar on the device."""
+        self.waiting.append((step, position, loss, rate))
+
+    def read(self) -> list[Reading]:
+        """Read what is waiting; every rank calls this at the same step."""
+        if not self.waiting:
+            return []
+        losses = self.accelerator.reduce(torch.stack([loss for _, _, loss, _ in self.waiting]), "mean").tolist()
+        now = time.time()
+        seconds = (now - self.since) / len(losses)
+        speed = self.pictures_a_step / seconds
+        for number, ((step, _, _, rate), loss) in enumerate(zip(self.waiting, losses, strict=True), start=1):
+            values = {"loss": loss, "lr": rate, "images": self.pictures_a_step, "images_per_second": speed}
+            if self.peak:
+                values["utilization"] = speed * self.work.model / self.peak
+            self._track(values, step, self.since + number * seconds)
+        used = f"{speed * self.work.model / self.peak:.1%}" if self.peak else "n/a"
+        postfix = {"loss": f"{losses[-1]:.4f}", "lr": f"{self.waiting[-1][3]:.2e}", "images/s": f"{speed:.2f}"}
+        self.bar.set_postfix({**postfix, "utilization": used}, refresh=False)
+        self.bar.update(len(losses))
+        self.bar.refresh()
+        readings = [
+            Reading(step, position, loss) for (step, position, _, _), loss in zip(self.waiting, losses, strict=True)
+        ]
+        self.waiting, self.since = [], now
+        return readings
+
+    def _track(self, values: dict[str, float], step: int, wall_time: float) -> None:
+        """Tell the trackers; TensorBoard with the time at which the step ended, not that at which it was read."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for name, value in values.items():
+                    tracker.writer.add_scalar(name, value, step, walltime=wall_time)
+                tracker.writer.flush()
+            else:
+                tracker.log(values, step=step)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While something is done that is no training; its time does not count."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.since += time.time() - began
+
+    def close(self) -> None:
+        """End the progress line."""
+        self.bar.close()

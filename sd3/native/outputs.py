@@ -1,0 +1,65 @@
+"""The result of a run: a pipeline directory or a LoRA file, put in place when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors import SafetensorError
+
+from sd3.common.command_line import UserError
+from sd3.common.files import sync
+from sd3.native.model import Trained
+
+INDEX = "model_index.json"
+
+
+def write_result(trained: Trained, model: Path, output: Path, dtype: torch.dtype) -> None:
+    """Write what the run made into `output`; `model`: the pipeline directory that it came from.
+
+    `dtype`: of a LoRA's weights, unless --upcast_before_saving keeps them in float32.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    aside = output / ".result.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        if not trained.lora:
+            _copy_untrained(trained, model, aside)
+        exact = trained.lora and trained.options.upcast_before_saving
+        trained.write_weights(aside, None if exact else dtype)
+        for path in aside.rglob("*"):
+            sync(path)
+        # The index comes last: with it the directory is a pipeline.
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
+            target = output / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+        sync(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the result could not be written to {output} ({error}); free some space and resume.", 1
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _copy_untrained(trained: Trained, model: Path, target: Path) -> None:
+    """The parts that the run left as they were: copied, byte for byte, where the names of their files allow it."""
+    if trained.options.variant:
+        given = {name: None for name in trained.parts}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(model, variant=trained.options.variant, **given)
+        pipeline.save_pretrained(target)
+    else:
+        for part in json.loads((model / INDEX).read_text(encoding="utf-8")):
+            if (model / part).is_dir() and part not in trained.parts:
+                shutil.copytree(model / part, target / part)
+    # A pipeline's own index says of what was not loaded that it is not there.
+    shutil.copyfile(model / INDEX, target / INDEX)

@@ -1,0 +1,157 @@
+"""The training pictures: where they come from, their captions, and how they become square tensors."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from sd3.common.command_line import UserError
+from sd3.common.pictures import PictureError, decode
+from sd3.native.randomness import seed_of
+
+FLIPS = (False, True)
+
+
+@dataclass(frozen=True)
+class View:
+    """One square of one picture: `content` gives the file's bytes, `crop` the square's place from 0 to 1 or None."""
+
+    name: str
+    content: Callable[[], bytes]
+    crop: tuple[float, float] | None  # of top and left edge; None: the middle
+    flip: bool = False
+
+    def key(self, resolution: int) -> str:
+        """Identity of the square's pixels: the file's SHA-256 and what is done to it."""
+        digest = hashlib.sha256(self.content()).hexdigest()
+        return f"{digest} {resolution} {self.crop} {self.flip}"
+
+    def pixels(self, resolution: int) -> torch.Tensor:
+        """Pixels [3, resolution, resolution] from -1 to 1.
+
+        As the pinned scripts: the shorter side is scaled to the resolution (bilinear), then a square is cut out.
+
+        Raises:
+            UserError: the file is no picture.
+        """
+        try:
+            image = decode(self.content())
+        except PictureError as error:
+            raise UserError(f"{self.name} cannot be read as a picture ({error}); mend or remove it.") from None
+        image = transforms.resize(image, resolution, InterpolationMode.BILINEAR)
+        if self.crop is None:
+            image = transforms.center_crop(image, [resolution])
+        else:
+            top, left = (
+                int(place * (side - resolution + 1)) for place, side in zip(self.crop, image.size[::-1], strict=True)
+            )
+            image = transforms.crop(image, top, left, resolution, resolution)
+        if self.flip:
+            image = transforms.hflip(image)
+        return transforms.normalize(transforms.to_tensor(image), [0.5], [0.5])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of the data set: its views (plain, and mirrored where flips are on) and its caption."""
+
+    views: tuple[View, ...]
+    caption: str
+
+
+def _crop(options: argparse.Namespace, what: str, index: int) -> tuple[float, float] | None:
+    """Where the square lies in the picture: the middle, or drawn once by seed for each item."""
+    if options.center_crop:
+        return None
+    numbers = torch.Generator().manual_seed(seed_of(options.seed or 0, f"crop of {what}", index))
+    top, left = torch.rand(2, generator=numbers).tolist()
+    return top, left
+
+
+def _views(
+    options: argparse.Namespace, name: str, content: Callable[[], bytes], what: str, index: int, flips: bool
+) -> tuple[View, ...]:
+    crop = _crop(options, what, index)
+    return tuple(View(name, content, crop, flip) for flip in FLIPS[: 1 + flips])
+
+
+def instance_samples(options: argparse.Namespace) -> list[Sample]:
+    """The pictures of the subject with their captions, each `--repeats` times.
+
+    Raises:
+        UserError: the data cannot be read, or lack a column that was asked for.
+    """
+    found = _folder(options) if options.dataset_name is None else _dataset(options)
+    if not found:
+        raise UserError(f"{options.instance_data_dir or options.dataset_name} holds no picture; put some in it.")
+    repeated = [one for one in found for _ in range(options.repeats)]
+    return [
+        Sample(_views(options, name, content, "instance", index, options.random_flip), caption)
+        for index, (name, content, caption) in enumerate(repeated)
+    ]
+
+
+def class_samples(options: argparse.Namespace, files: list[Path]) -> list[Sample]:
+    """The pictures that prior preservation holds on to; the pinned scripts never mirror them."""
+    return [
+        Sample(_views(options, str(file), file.read_bytes, "class", index, False), options.class_prompt)
+        for index, file in enumerate(files)
+    ]
+
+
+def _folder(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes], str]]:
+    folder = Path(options.instance_data_dir)
+    if not folder.is_dir():
+        raise UserError(f"--instance_data_dir={folder} is no directory; name a folder of pictures.")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return [(str(file), file.read_bytes, options.instance_prompt) for file in files]
+
+
+def _dataset(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes], str]]:
+    import datasets
+
+    name = options.dataset_name
+    try:
+        rows = datasets.load_dataset(name, options.dataset_config_name, cache_dir=options.cache_dir)["train"]
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--dataset_name={name} cannot be loaded ({why}); see --dataset_config_name.") from None
+    columns = {
+        "--image_column": options.image_column or rows.column_names[0],
+        "--caption_column": options.caption_column,
+    }
+    for option, column in columns.items():
+        if column is not None and column not in rows.column_names:
+            raise UserError(
+                f"{option}={column} is no column of {name}; its columns are {', '.join(rows.column_names)}."
+            )
+    image_column, caption_column = columns.values()
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    captions = rows[caption_column] if caption_column else [None] * len(rows)
+
+    def content_of(row: int) -> Callable[[], bytes]:
+        return lambda: _bytes_of(rows[row][image_column])
+
+    return [
+        (f"{name}, row {row}", content_of(row), _one_text(caption) or options.instance_prompt)
+        for row, caption in enumerate(captions)
+    ]
+
+
+def _bytes_of(cell: dict[str, Any]) -> bytes:
+    return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+
+def _one_text(caption: str | list[str] | None) -> str | None:
+    """A caption, or the first of several; what is blank counts as none."""
+    if isinstance(caption, list):
+        caption = caption[0] if caption else None
+    return caption if caption and caption.strip() else None

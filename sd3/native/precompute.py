@@ -1,0 +1,151 @@
+"""What never changes in a run is computed once, before it: each picture's latent distribution, each caption's embeds.
+
+The results go to a cache that later runs and all ranks share; VAE and text encoders are loaded only where something is
+missing, and leave the device before training starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
+
+from sd3.common.model_files import content_hash
+from sd3.native.cache import Cache, Tensors, compute_missing
+from sd3.native.pictures import View
+from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
+
+logger = logging.getLogger(__name__)
+PICTURES_A_BATCH = 4  # of the VAE, whose activations are large
+CAPTIONS_A_BATCH = 8
+VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What bfloat16 training does to the latents anyway: rounding to 8 bits, relative to their root mean square.
+NEGLIGIBLE = 2.0**-9
+
+
+class Precompute:
+    """Fills the cache for a run; every rank calls the same methods."""
+
+    def __init__(self, options: argparse.Namespace, model: Path, accelerator: Accelerator) -> None:
+        """`model`: the pipeline directory."""
+        self.options = options
+        self.model = model
+        self.accelerator = accelerator
+        self.cache = Cache(Path(options.precompute_dir))
+
+    def latents(self, views: Sequence[View]) -> list[str]:
+        """For each view the key of its latent distribution: `mean` and `logvar` [16, H/8, W/8] float32.
+
+        They are as the VAE gives them, not yet shifted and scaled.
+        """
+        names = [view.key(self.options.resolution) for view in views]
+        distinct = dict(zip(names, views, strict=True))  # a picture that is repeated is encoded once
+        vae_hash = content_hash([self.model / "vae"])
+
+        def keys_at(dtype: torch.dtype) -> dict[str, str]:
+            return {name: Cache.key(what="latents 1", view=name, vae=vae_hash, dtype=str(dtype)) for name in distinct}
+
+        dtype = self._vae_dtype(keys_at, list(distinct.values()))
+        keys = keys_at(dtype)
+        to_encode = list(distinct.values())
+        vae: AutoencoderKL | None = None
+
+        def compute(places: list[int]) -> list[Tensors]:
+            nonlocal vae
+            if vae is None:
+                vae = self._load_vae(dtype)
+            mean, logvar = encode(vae, self._pixels([to_encode[place] for place in places]))
+            return [{"mean": mean[i], "logvar": logvar[i]} for i in range(len(places))]
+
+        self._fill("Encoding pictures", list(keys.values()), compute, PICTURES_A_BATCH)
+        return [keys[name] for name in names]
+
+    def _vae_dtype(self, keys_at: Callable[[torch.dtype], dict[str, str]], views: Sequence[View]) -> torch.dtype:
+        """What was asked for; where that is `auto`, float16 if it has been or is found to be good enough."""
+        asked = self.options.vae_precision
+        if asked != "auto":
+            return VAE_DTYPES[asked]
+        if self.accelerator.device.type == "cpu":  # where half precision gains nothing
+            return torch.float32
+        chosen = next(
+            (dtype for dtype in (torch.float16, torch.float32) if self._holds(list(keys_at(dtype).values()))), None
+        )
+        if chosen is None:
+            chosen = half_if_negligible(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
+        return broadcast_object_list([chosen])[0]
+
+    def _pixels(self, views: Sequence[View]) -> torch.Tensor:
+        return torch.stack([view.pixels(self.options.resolution) for view in views])
+
+    def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(self.model / "vae", variant=self.options.variant, torch_dtype=dtype)
+        return vae.requires_grad_(False).eval().to(self.accelerator.device, memory_format=torch.channels_last)
+
+    def prompts(self, captions: Sequence[str], dtype: torch.dtype, t5_tokens: int) -> list[str]:
+        """Keys of the captions' embeds: `prompt` [77 + t5_tokens, D] and `pooled` [P], of the encoders in `dtype`."""
+        parts = content_hash(self.model / name for name in (*ENCODERS, *TOKENIZERS))
+        keys = [
+            Cache.key(what="prompt 1", caption=caption, t5_tokens=t5_tokens, parts=parts, dtype=str(dtype))
+            for caption in captions
+        ]
+        tokenizers = Tokenizers(self.model, t5_tokens)
+        encoders: TextEncoders | None = None
+        if cut := tokenizers.cut(captions):
+            logger.warning(
+                "%d of %d captions are longer than CLIP's 77 tokens; CLIP sees their beginnings.", cut, len(captions)
+            )
+
+        @torch.no_grad()
+        def compute(places: list[int]) -> list[Tensors]:
+            nonlocal encoders
+            if encoders is None:
+                encoders = load_encoders(self.model, self.options.variant, dtype).to(self.accelerator.device)
+            tokens = tokenizers([captions[place] for place in places])
+            prompt, pooled = encoders([ids.to(self.accelerator.device) for ids in tokens])
+            return [{"prompt": prompt[i].to(dtype), "pooled": pooled[i].to(dtype)} for i in range(len(places))]
+
+        self._fill("Encoding captions", keys, compute, CAPTIONS_A_BATCH)
+        return keys
+
+    def _holds(self, keys: Sequence[str]) -> bool:
+        return all(self.cache.holds(key) for key in keys)
+
+    def _fill(
+        self, what: str, keys: Sequence[str], compute: Callable[[list[int]], list[Tensors]], chunk_size: int
+    ) -> None:
+        """Compute this rank's share of what is missing, and wait for the other ranks'."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        with tqdm(total=len(keys), desc=what, disable=not self.accelerator.is_local_main_process, leave=False) as bar:
+            written = compute_missing(
+                self.cache, keys, compute, chunk_size, lambda chunk: chunk % ranks == rank, bar.update
+            )
+        logger.info("%s: %d of %d computed by this rank, the others were there.", what, written, len(keys))
+        self.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance [B, 16, H/8, W/8], float32, of pixels [B, 3, H, W] from -1 to 1."""
+    pixels = pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)
+    distribution = vae.encode(pixels).latent_dist
+    return distribution.mean.float(), distribution.logvar.float()
+
+
+def half_if_negligible(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.dtype:
+    """float16 where the means it gives differ from those of `vae`, in float32, by no more than NEGLIGIBLE."""
+    exact, _ = encode(vae, pixels)
+    half, _ = encode(copy.deepcopy(vae).to(dtype=torch.float16), pixels)
+    error = ((half - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    dtype = torch.float16 if error <= NEGLIGIBLE else torch.float32
+    logger.info(
+        "VAE in float16: relative error %.1e, limit %.1e; pictures are encoded in %s.", error, NEGLIGIBLE, dtype
+    )
+    return dtype

@@ -1,0 +1,81 @@
+"""How a run ends early without losing anything: on a signal, together on all ranks, and alone in its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import distributed
+
+from sd3.common.command_line import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOCK = ".training.lock"
+
+
+class Stopper:
+    """Takes note of SIGTERM and SIGINT; a second signal ends the process at once.
+
+    The ranks see a signal at different steps and must write their checkpoint at the same one. So the numbers of their
+    signals are combined at each step, on the CPU and beside the step's own work: no device waits for it.
+    """
+
+    def __init__(self) -> None:
+        """Install the handlers."""
+        self.caught = 0
+        self._group = None
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            self._group = distributed.new_group(backend="gloo")
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        self._pending: distributed.Work | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            os._exit(128 + number)
+        self.caught = number
+
+    def ask(self) -> None:
+        """Begin to combine what the ranks have caught so far; call it when a step begins."""
+        self._flag[0] = self.caught
+        if self._group is not None:
+            self._pending = distributed.all_reduce(
+                self._flag, op=distributed.ReduceOp.MAX, group=self._group, async_op=True
+            )
+
+    def answer(self) -> int:
+        """The signal to stop on after this step, 0 for none; the same on all ranks."""
+        if self._pending is not None:
+            self._pending.wait()
+        return int(self._flag[0])
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the directory for this process.
+
+    Raises:
+        UserError: another run holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(
+            f"--output_dir={folder} cannot be written ({error.strerror}); name another directory."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--output_dir={folder} is in use by a run that is still going; wait for it or name another."
+            ) from None
+        yield

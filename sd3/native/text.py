@@ -1,0 +1,85 @@
+"""Captions to what the transformer reads: prompt embeds and pooled prompt embeds of the three text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from sd3.common.model_sizes import CLIP_TOKENS
+
+ENCODERS = {
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+
+
+class TextEncoders(torch.nn.Module):
+    """The two CLIP encoders and T5 as one module, so that training them is training one model."""
+
+    def __init__(self, encoders: Sequence[torch.nn.Module]) -> None:
+        """`encoders`: CLIP, the second CLIP, T5."""
+        super().__init__()
+        for name, encoder in zip(ENCODERS, encoders, strict=True):
+            self.add_module(name, encoder)
+
+    def forward(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt embeds [B, 77 + T, D] and pooled prompt embeds [B, P] of token ids [B, 77], [B, 77] and [B, T].
+
+        Both CLIPs' next-to-last hidden states side by side, padded with zeros to T5's width, then T5's output after
+        them; pooled are both CLIPs' projected outputs (Esser et al. 2024, arXiv:2403.03206, figure 2).
+        """
+        clips = [
+            encoder(ids, output_hidden_states=True)
+            for encoder, ids in zip((self.text_encoder, self.text_encoder_2), tokens, strict=False)
+        ]
+        t5 = self.text_encoder_3(tokens[2])[0]
+        joined = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+        joined = torch.nn.functional.pad(joined, (0, t5.shape[-1] - joined.shape[-1]))
+        return torch.cat([joined.to(t5.dtype), t5], dim=1), torch.cat([clip.text_embeds for clip in clips], dim=-1)
+
+
+class Tokenizers:
+    """The three tokenizers of a pipeline."""
+
+    def __init__(self, model: Path, t5_tokens: int) -> None:
+        """`model`: the pipeline directory; `t5_tokens`: length that captions are padded or cut to for T5."""
+        self._parts: list[tuple[PreTrainedTokenizerBase, int]] = [
+            (kind.from_pretrained(model / name), CLIP_TOKENS if kind is CLIPTokenizer else t5_tokens)
+            for name, kind in TOKENIZERS.items()
+        ]
+
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """Token ids [B, 77], [B, 77] and [B, T5's length]."""
+        return tuple(
+            tokenizer(
+                list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+            for tokenizer, length in self._parts
+        )
+
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many of the captions are longer than CLIP's 77 tokens, and lose their end there."""
+        tokenizer, length = self._parts[0]
+        return sum(len(tokenizer(caption).input_ids) > length for caption in captions)
+
+
+def load_encoder(model: Path, name: str, variant: str | None, dtype: torch.dtype) -> torch.nn.Module:
+    """The text encoder `name` of a pipeline directory, in evaluation mode on the CPU."""
+    encoder = ENCODERS[name].from_pretrained(model / name, variant=variant, torch_dtype=dtype)
+    return encoder.requires_grad_(False).eval()
+
+
+def load_encoders(model: Path, variant: str | None, dtype: torch.dtype) -> TextEncoders:
+    """All three, frozen."""
+    return TextEncoders([load_encoder(model, name, variant, dtype) for name in ENCODERS])
