@@ -150,8 +150,8 @@ class Checkpoints:
     def _write(self, aside: Path, folder: Path, facts: dict[str, Any]) -> None:
         self.trained.write_weights(aside)
         state = {
-            "format": FORMAT, "ranks": self.accelerator.num_processes, "deepspeed": self.deepspeed, "kind": self.trained.kind,
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}, **facts,
+            "format": FORMAT, "kind": self.trained.kind, "deepspeed": self.deepspeed,
+            "ranks": self.accelerator.num_processes, "schedule": self.schedule.state_dict(), **facts,
         }  # fmt: skip
         if not self.deepspeed:
             tensors, state["optimizer"] = pack(self.optimizer.state_dict())

@@ -112,6 +112,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
 
     set_seed(seed)
     trained = Trained(options, kind, model_folder, dtype)
+    trained.denoiser.to(device)  # before the optimizer is made, which may ask where its parameters are
     optimizer = make_optimizer(options, trained.groups(scaled_learning_rate(options, ranks)), device.type, logger)
     stream = Stream(seed, len(items), options.train_batch_size, options.gradient_accumulation_steps, ranks)
     steps = options.max_train_steps or options.num_train_epochs * stream.steps_an_epoch
