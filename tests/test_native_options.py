@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from native_parts import NEEDED
 from sd3.common.command_line import UserError
 from sd3.native.options import PROJECT, SECRETS, block_numbers, build_parser, flags, parse, public, truth
 
-GIVEN = ("--pretrained_model_name_or_path=m", "--instance_prompt=a dog", "--instance_data_dir=d")
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": None, "revision": None, "variant": None, "dataset_name": None,
     "dataset_config_name": None, "instance_data_dir": None, "cache_dir": None, "image_column": "image",
@@ -64,58 +64,59 @@ def test_flags_and_defaults(kind: str) -> None:
     found = {flag.name: flag.default for flag in flags(kind)}
     assert found == EXPECTED[kind] | OWN_DEFAULTS
     given = {"pretrained_model_name_or_path": "m", "instance_prompt": "a dog", "instance_data_dir": "d"}
-    assert vars(parse(kind, GIVEN)) == found | given
+    assert vars(parse(kind, NEEDED)) == found | given
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_every_flag_has_a_help_text(kind: str) -> None:
     assert all(flag.help and not flag.help.endswith(".") for flag in flags(kind))
-    assert all(f"--{flag.name}" in build_parser(kind).format_help() for flag in flags(kind))
+    shown = build_parser(kind).format_help()
+    assert all(f"--{flag.name}" in shown for flag in flags(kind))
 
 
 def test_values_arrive_with_their_types() -> None:
-    found = parse("lora", [*GIVEN, "--rank=8", "--learning_rate=1", "--precompute_dir=p", "--scale_lr", "--seed=0"])
+    found = parse("lora", [*NEEDED, "--rank=8", "--learning_rate=1", "--precompute_dir=p", "--scale_lr", "--seed=0"])
     assert (found.rank, found.learning_rate, found.precompute_dir) == (8, 1.0, Path("p"))
     assert (found.scale_lr, found.seed) == (True, 0)
 
 
 def test_flags_of_lora_alone_are_unknown_to_the_full_script() -> None:
-    assert "unrecognized" in refused(*GIVEN, "--rank=4", kind="full")
+    assert "unrecognized" in refused(*NEEDED, "--rank=4", kind="full")
 
 
 def test_prodigy_takes_false_for_no() -> None:
-    assert not parse("full", [*GIVEN, "--prodigy_decouple=False"]).prodigy_decouple
+    assert not parse("full", [*NEEDED, "--prodigy_decouple=False"]).prodigy_decouple
     assert truth("True") and truth("1") and not truth("no")
-    assert "neither true nor false" in refused(*GIVEN, "--prodigy_decouple=maybe")
+    assert "neither true nor false" in refused(*NEEDED, "--prodigy_decouple=maybe")
 
 
 def test_the_environment_knows_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert parse("full", [*GIVEN, "--local_rank=1"]).local_rank == 3
+    assert parse("full", [*NEEDED, "--local_rank=1"]).local_rank == 3
 
 
 def test_one_source_of_data() -> None:
-    assert "neither" in refused(*GIVEN[:2])
-    assert "both" in refused(*GIVEN, "--dataset_name=x")
+    assert "neither" in refused(*NEEDED[:2])
+    assert "both" in refused(*NEEDED, "--dataset_name=x")
 
 
 def test_prior_preservation_needs_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--class_data_dir" in refused(*GIVEN, "--with_prior_preservation", "--class_prompt=dog")
-    assert "--class_prompt" in refused(*GIVEN, "--with_prior_preservation", "--class_data_dir=c")
-    parse("full", [*GIVEN, "--class_prompt=dog"])
+    assert "--class_data_dir" in refused(*NEEDED, "--with_prior_preservation", "--class_prompt=dog")
+    assert "--class_prompt" in refused(*NEEDED, "--with_prior_preservation", "--class_data_dir=c")
+    parse("full", [*NEEDED, "--class_prompt=dog"])
     assert "--class_prompt does nothing" in capsys.readouterr().err
 
 
 def test_idle_flags_are_noted_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    parse("full", [*GIVEN, "--checkpointed_blocks=0-1"])
+    parse("full", [*NEEDED, "--checkpointed_blocks=0-1"])
     assert "without --gradient_checkpointing" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")
-    parse("full", [*GIVEN, "--checkpointed_blocks=0-1"])
+    parse("full", [*NEEDED, "--checkpointed_blocks=0-1"])
     assert not capsys.readouterr().err
 
 
 def test_a_token_is_not_shown_to_wandb() -> None:
-    message = refused(*GIVEN, "--report_to=wandb", "--hub_token=hf_secret")
+    message = refused(*NEEDED, "--report_to=wandb", "--hub_token=hf_secret")
     assert "--hub_token" in message and "hf_secret" not in message
 
 
@@ -128,7 +129,7 @@ def test_a_token_is_not_shown_to_wandb() -> None:
     ],
 )  # fmt: skip
 def test_numbers_out_of_range(argument: str) -> None:
-    assert refused(*GIVEN, argument).startswith(f"{argument.split('=')[0]}=")
+    assert refused(*NEEDED, argument).startswith(f"{argument.split('=')[0]}=")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_numbers_out_of_range(argument: str) -> None:
     ],
 )  # fmt: skip
 def test_texts_without_a_meaning(argument: str) -> None:
-    assert argument.split("=")[0] in refused(*GIVEN, argument)
+    assert argument.split("=")[0] in refused(*NEEDED, argument)
 
 
 def test_block_numbers() -> None:
@@ -158,7 +159,7 @@ def test_wrong_block_numbers(spec: str, why: str) -> None:
 
 
 def test_secrets_are_not_public() -> None:
-    shown = public(parse("lora", [*GIVEN, "--hub_token=hf_secret"]))
+    shown = public(parse("lora", [*NEEDED, "--hub_token=hf_secret"]))
     assert set(shown) == set(EXPECTED["lora"] | OWN_DEFAULTS) - SECRETS
     assert "hf_secret" not in repr(shown)
     assert all(isinstance(value, bool | int | float | str | None) for value in shown.values())
