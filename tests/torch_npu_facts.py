@@ -30,6 +30,7 @@ MODULES = [
     "torch_npu.npu.amp",
     "torch_npu.contrib",
     "torch_npu.contrib.transfer_to_npu",
+    "torch_npu.optim",
     "torch_npu.profiler",
 ]
 

@@ -125,6 +125,18 @@ def decode(content: bytes) -> Image.Image:
     return upright.convert("RGB")
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The files of a folder named as pictures are, in order; a hidden one is what a killed run left half written."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix.lower() in known and not path.name.startswith(".")
+    ]
+
+
 def pictures_in(folder: Path) -> list[tuple[Path, Recipe]]:
     """The PNG files of a folder that carry a recipe, by name; others, and what a killed run left, are passed over."""
     found = []

@@ -59,12 +59,7 @@ def images_in(folder: Path, option: str) -> list[ImageSource]:
     """
     if not folder.is_dir():
         raise UserError(f"{option}={folder} is no directory; give a folder of pictures.")
-    known = Image.registered_extensions()
-    found = [
-        ImageSource(str(path), path)
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix.lower() in known and not path.name.startswith(".")
-    ]
+    found = [ImageSource(str(path), path) for path in pictures.picture_files(folder)]
     if not found:
         raise UserError(f"{option}={folder} holds no pictures; give a folder of PNG or JPEG files.")
     return found
