@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything the project needs: a virtual environment, the pinned packages, and diffusers at the pin with the patch
-# queue applied. Safe to run again at any time: what is right stays, what is half-done is done again.
+# queue applied; where its source is out of reach, the nearest release, for the native engine. Safe to run again at any
+# time: what is right stays, what is half-done is done again.
 set -euo pipefail
 
 PROJECT_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -27,9 +28,12 @@ Usage: bash setup_env.sh [options]
                                  .tar.gz or .zip of the tree at the pinned commit
   --patch-only                   source and patches only, no Python packages (needs git alone)
   --packages-only                Python packages only, with the diffusers release nearest to the pin in place of the
-                                 patched source: enough for inference, not for training
+                                 patched source: enough for inference and for the native engine
   --force                        replace a build/diffusers that was changed; install the packages again
   --help                         this text
+
+Where the source cannot be reached and --diffusers-src was not given, set-up goes on as with --packages-only and says
+so at the end.
 
 Exit status: 0 done; 2 a bad option or a source that is not the pinned one; 3 something needed cannot be had.
 END
@@ -38,6 +42,18 @@ END
 die() {
   echo "setup_env.sh: $1" >&2
   exit "$2"
+}
+
+without_source() {
+  cat <<END
+
+================ NOTE: set up without the source of diffusers ================
+Not reached: $OUT_OF_REACH
+Installed in its place: the library, diffusers $DIFFUSERS_RELEASE. Inference and evaluation need no more, and launchers
+train with the native engine: --engine=native, which --engine=auto now takes.
+For the patched scripts (--engine=diffusers) run this again with a network, or with --diffusers-src=URL|DIR|FILE.
+==============================================================================
+END
 }
 
 # A value given as --key=value or --key value.
@@ -102,9 +118,14 @@ if [ "$PATCH_ONLY" -eq 0 ]; then
 fi
 [ "$PACKAGES_ONLY" -eq 1 ] || get_source "$SOURCE"
 [ "$PATCH_ONLY" -eq 0 ] || exit 0
+[ -z "$OUT_OF_REACH" ] || PACKAGES_ONLY=1
 make_venv
 install_stack
 "$PYTHON" -c 'import sys; print(sys.prefix)' >"$PROJECT_DIR/build/venv.path.new"
 mv "$PROJECT_DIR/build/venv.path.new" "$PROJECT_DIR/build/venv.path"
-if [ "$PACKAGES_ONLY" -eq 1 ]; then summary "$DEVICE" "none: release 0.33.1" "not applied"
-else summary "$DEVICE" "$UPSTREAM_COMMIT" "$(queue_names | wc -l) applied"; fi
+if [ "$PACKAGES_ONLY" -eq 0 ]; then
+  summary "$DEVICE" "$UPSTREAM_COMMIT" "$(queue_names | wc -l) applied" "diffusers, native"
+else
+  summary "$DEVICE" "none: release $DIFFUSERS_RELEASE" "none" "native"
+fi
+[ -z "$OUT_OF_REACH" ] || without_source >&2

@@ -33,11 +33,8 @@ fi
 
 # shellcheck source=sd3/launch/python.sh
 . "$PROJECT_DIR/sd3/launch/python.sh"
-# shellcheck source=patches/lib.sh
-. "$PROJECT_DIR/patches/lib.sh"
-if ! queue_source_ok "$PROJECT_DIR/build/diffusers" 2>/dev/null || ! find_python 2>/dev/null; then
-  bash "$PROJECT_DIR/setup_env.sh" --device=cpu
-fi
+# Where set-up found no source of diffusers, the launchers have the native engine: that is no reason to run it again.
+find_python 2>/dev/null || bash "$PROJECT_DIR/setup_env.sh" --device=cpu
 find_python
 
 rm -rf "$OUTPUT"

@@ -1,4 +1,4 @@
-"""Getting, proving and patching the source, on a little upstream of our own: no network, no Python packages."""
+"""Getting, proving and patching the source, or doing without it, on a little upstream of our own: no network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -16,6 +17,18 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = "examples/script.py"
+NOWHERE = "http://127.0.0.1:9/none.git"
+# In the place of the environment's Python: it writes down what pip is asked for, and installs nothing.
+RECORDER = """#!/usr/bin/env bash
+here="$(dirname "$0")"
+case "$*" in
+  *"pip --version") ;;
+  *"pip install"*) echo "${*: -1}" >>"$here/installed"; exit "${PIP_STATUS:-0}" ;;
+  *setup_summary.py*) echo "summary: ${*:2}" ;;
+  *sys.prefix*) dirname "$here" ;;
+  *) exec %s "$@" ;;
+esac
+"""
 FIX = f"""Without this, nothing.
 
 diff --git a/{SCRIPT} b/{SCRIPT}
@@ -57,7 +70,8 @@ class Place:
         git(self.upstream, "commit", "-qm", "later")
         self.project = root / "a project"
         (self.project / "patches").mkdir(parents=True)
-        shutil.copy(PROJECT / "setup_env.sh", self.project)
+        for name in ("setup_env.sh", "requirements_sd3.txt"):
+            shutil.copy(PROJECT / name, self.project)
         shutil.copytree(PROJECT / "sd3", self.project / "sd3", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(PROJECT / "patches" / "lib.sh", self.project / "patches")
         (self.project / "patches" / "0001-fix.patch").write_text(FIX)
@@ -71,11 +85,33 @@ class Place:
         )
         self.checkout = self.project / "build" / "diffusers"
 
-    def set_up(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(self.project / "setup_env.sh"), "--patch-only", *arguments],
+            ["bash", str(self.project / "setup_env.sh"), *arguments],
             cwd=self.root, env={**os.environ, **env}, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
+
+    def set_up(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("--patch-only", *arguments, **env)
+
+    def set_up_all(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Packages too, into an environment that only writes them down."""
+        python = self.root / "venv" / "bin" / "python"
+        if not python.exists():
+            python.parent.mkdir(parents=True)
+            python.write_text(RECORDER % sys.executable)
+            python.chmod(0o755)
+        return self.run(f"--venv={self.root / 'venv'}", "--device=cpu", f"--python={sys.executable}", *arguments, **env)
+
+    def installed(self) -> list[str]:
+        """What pip was asked for last in each call, in order."""
+        record = self.root / "venv" / "bin" / "installed"
+        return record.read_text().splitlines() if record.exists() else []
+
+    def edit_pin(self, old: str, new: str) -> None:
+        pin = self.project / "patches" / "upstream.env"
+        assert old in pin.read_text()
+        pin.write_text(pin.read_text().replace(old, new))
 
     def assert_right(self) -> None:
         assert (self.checkout / SCRIPT).read_text() == "new = 1\n"
@@ -165,10 +201,81 @@ def test_a_repository_without_the_commit_is_refused_with_the_other_ways(place: P
 
 
 def test_an_address_out_of_reach_exits_3(place: Place) -> None:
-    result = place.set_up("--diffusers-src=http://127.0.0.1:9/none.git")
+    result = place.set_up(f"--diffusers-src={NOWHERE}")
     assert result.returncode == 3
-    assert "cannot be had from http://127.0.0.1:9/none.git" in result.stderr
+    assert f"cannot be had from {NOWHERE}" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_without_a_source_in_reach_the_library_comes_from_the_registry(place: Place) -> None:
+    place.edit_pin(f"file://{place.upstream}", NOWHERE)
+    result = place.set_up_all()
+    assert result.returncode == 0, result.stderr
+    assert place.installed()[-1] == "diffusers==0.33.1"
+    note = result.stderr[result.stderr.index("NOTE") :]
+    for said in (f"cannot be had from {NOWHERE}", "--engine=native", "--diffusers-src="):
+        assert said in note
+    assert result.stdout.splitlines()[-1].endswith("native")
+    assert "diffusers, native" not in result.stdout
+    assert (place.project / "build" / "venv.path").exists()
+    assert [path.name for path in place.checkout.parent.iterdir() if "diffusers" in path.name] == []
+    # Later, with a network, the checkout takes the release's place.
+    place.edit_pin(NOWHERE, f"file://{place.upstream}")
+    again = place.set_up_all()
+    assert again.returncode == 0, again.stderr
+    assert "NOTE" not in again.stderr
+    assert place.installed()[-1] == str(place.checkout)
+    assert again.stdout.splitlines()[-1].endswith("diffusers, native")
+    place.assert_right()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "status"),
+    [
+        (("file:", "file:"), [f"--diffusers-src={NOWHERE}"], 3),  # a source that was asked for
+        (("UPSTREAM_TREE=", "UPSTREAM_TREE=0"), [], 2),  # one that holds something else
+        (("\nexamples/script.py ", "\nexamples/script.py 0"), [], 2),
+    ],
+)
+def test_a_source_that_fails_otherwise_is_an_error(
+    place: Place, spoil: tuple[str, str], arguments: list[str], status: int
+) -> None:
+    place.edit_pin(*spoil)
+    result = place.set_up_all(*arguments)
+    assert result.returncode == status
+    assert "NOTE" not in result.stderr
+    assert place.installed() == []
+
+
+def test_a_queue_that_does_not_apply_is_an_error(place: Place) -> None:
+    (place.project / "patches" / "0001-fix.patch").write_text(FIX.replace("-old = 1", "-older = 1"))
+    result = place.set_up_all()
+    assert result.returncode == 2
+    assert "does not apply" in result.stderr
+    assert place.installed() == []
+
+
+def test_patch_only_is_nothing_without_a_source(place: Place) -> None:
+    place.edit_pin(f"file://{place.upstream}", NOWHERE)
+    result = place.set_up()
+    assert result.returncode == 3
+    assert "--diffusers-src=URL of a mirror" in result.stderr
+
+
+def test_packages_only_asks_no_source(place: Place) -> None:
+    place.edit_pin(f"file://{place.upstream}", NOWHERE)
+    result = place.set_up_all("--packages-only")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert place.installed()[-1] == "diffusers==0.33.1"
+
+
+def test_packages_that_cannot_be_had_are_an_error_without_a_source_too(place: Place) -> None:
+    place.edit_pin(f"file://{place.upstream}", NOWHERE)
+    result = place.set_up_all(PIP_STATUS="1")
+    assert result.returncode == 3
+    assert "pip could not install" in result.stderr
+    assert not (place.project / "build" / "venv.path").exists()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/tmp/sd3-test-outside", "a/../../outside"])
@@ -221,9 +328,8 @@ def newer_queue(place: Place) -> None:
     (place.project / "patches" / "0001-fix.patch").write_text(FIX.replace("+new = 1", "+newer = 1"))
     newer = place.root / "newer.py"
     newer.write_text("newer = 1\n")
-    pin = place.project / "patches" / "upstream.env"
-    old_id = pin.read_text().split()[-2]
-    pin.write_text(pin.read_text().replace(old_id, git(place.root, "hash-object", str(newer))))
+    old_id = (place.project / "patches" / "upstream.env").read_text().split()[-2]
+    place.edit_pin(old_id, git(place.root, "hash-object", str(newer)))
 
 
 def test_a_checkout_of_an_older_queue_is_made_anew(place: Place) -> None:

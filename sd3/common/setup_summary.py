@@ -22,8 +22,8 @@ def cann_version() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; arguments are device, diffusers commit and patch count. Returns 1 if an import fails."""
-    device, commit, patches = arguments
+    """Print the table; arguments: device, diffusers commit, patches, training engines. Returns 1 if an import fails."""
+    device, commit, patches, engines = arguments
     rows = [("Python", f"{platform.python_version()} ({sys.executable})")]
     names = [*PACKAGES, *(["torch_npu"] if device == "npu" else [])]
     failed = []
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             failed.append(name)
     if device == "npu":
         rows.append(("CANN", cann_version()))
-    rows += [("diffusers commit", commit), ("patches", patches), ("device", device)]
+    rows += [("diffusers commit", commit), ("patches", patches), ("engines", engines), ("device", device)]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     if failed:

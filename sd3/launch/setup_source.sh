@@ -5,6 +5,7 @@
 # shellcheck source=patches/lib.sh
 . "$PROJECT_DIR/patches/lib.sh"
 CHECKOUT="$PROJECT_DIR/build/diffusers"
+OUT_OF_REACH=""    # why the pin's own address gave nothing
 MADE_BY=sd3-queue  # in the checkout's .git: the ids of the queue that it was patched by
 
 other_sources() {
@@ -69,7 +70,8 @@ from_git() {
   if ! errors="$(GIT_TERMINAL_PROMPT=0 GIT_SSH_COMMAND="${GIT_SSH_COMMAND:-ssh -o BatchMode=yes -o ConnectTimeout=20}" \
     queue_git -C "$into" -c http.lowSpeedLimit=1000 -c http.lowSpeedTime=60 \
     fetch -q --depth 1 --no-tags --upload-pack="$pack" "$address" "$UPSTREAM_COMMIT" 2>&1)"; then
-    die "commit $UPSTREAM_COMMIT of diffusers cannot be had from $address ($(tail -n 1 <<<"$errors")). $(other_sources)" 3
+    OUT_OF_REACH="commit $UPSTREAM_COMMIT of diffusers cannot be had from $address ($(tail -n 1 <<<"$errors"))."
+    return 0
   fi
   queue_git -C "$into" checkout -q --detach FETCH_HEAD
 }
@@ -84,7 +86,8 @@ made_by_older_queue() {
     [ -z "$(queue_git -C "$CHECKOUT" ls-files --others --exclude-standard)" ]
 }
 
-# get_source [SOURCE]: make build/diffusers right, or say why not.
+# get_source [SOURCE]: make build/diffusers right, or say why not. Where nobody asked for a certain source and none can be
+# reached, that is no error: OUT_OF_REACH tells set-up to do without.
 get_source() {
   local source="${1:-$UPSTREAM_URL}" aside found wrong
   command -v git >/dev/null 2>&1 || die "git is not installed; install it first." 3
@@ -103,6 +106,11 @@ get_source() {
   mkdir "$aside"
   echo "Getting diffusers $UPSTREAM_COMMIT from $source"
   if [ -f "$source" ]; then from_archive "$source" "$aside"; else from_git "$source" "$aside"; fi
+  if [ -n "$OUT_OF_REACH" ]; then
+    [ -z "${1:-}" ] && [ "$PATCH_ONLY" -eq 0 ] || die "$OUT_OF_REACH $(other_sources)" 3
+    rm -rf "$PROJECT_DIR"/build/.diffusers.*
+    return 0
+  fi
   found="$(queue_git -C "$aside" rev-parse -q --verify 'HEAD^{tree}')"
   [ "$found" = "$UPSTREAM_TREE" ] ||
     die "$source holds tree $found, not $UPSTREAM_TREE of commit $UPSTREAM_COMMIT; it was not used." 2

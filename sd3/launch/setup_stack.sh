@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Makes the venv and installs the pinned packages. Sourced by setup_env.sh, which defines die and the options.
 
+DIFFUSERS_RELEASE=0.33.1  # the one nearest to the pin, where there is no checkout
+
 # choose_python: sets BASE_PYTHON, refusing versions the stack has no wheels for.
 choose_python() {
   local version newest=12
@@ -119,7 +121,7 @@ install_stack() {
     DS_BUILD_OPS=0 pip_install --no-build-isolation "$(grep '^deepspeed==' "$requirements")"
   fi
   if [ "$PACKAGES_ONLY" -eq 1 ]; then
-    pip_install --no-deps diffusers==0.33.1
+    pip_install --no-deps "diffusers==$DIFFUSERS_RELEASE"
   else
     pip_install --no-deps -e "$PROJECT_DIR/build/diffusers"
   fi
