@@ -27,9 +27,25 @@ elif mode == "careful":
     def stop(number, frame):
         time.sleep(2)
         open(os.path.join(out, "finished-%s" % rank), "w").close()
-        sys.exit(0)
+        sys.exit(128 + number)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+elif mode == "together":
+    # As an engine stops that checkpoints first: the ranks agree on the step, and meet before and after the writing.
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    caught = torch.zeros(1)
+    signal.signal(signal.SIGTERM, lambda number, frame: caught.fill_(number))
+    open(os.path.join(out, "ready-%s" % rank), "w").close()
+    while True:
+        agreed = caught.clone()
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        if agreed:
+            dist.barrier()
+            open(os.path.join(out, "finished-%s" % rank), "w").close()
+            dist.barrier()
+            sys.exit(128 + int(agreed))
+        time.sleep(0.05)
 print("stub started", os.environ.get("HF_TOKEN", ""), flush=True)
 if mode in ("stubborn", "careful", "wait"):
     open(os.path.join(out, "ready-%s" % rank), "w").close()
@@ -38,8 +54,8 @@ sys.exit(int(os.environ.get("STUB_EXIT", "0")))
 '''
 
 
-def fake_project(root: Path) -> Path:
-    """The project below root, its build/diffusers a little repository of our own that holds stubs."""
+def fake_project(root: Path, checkout: bool = True) -> Path:
+    """The project below root with stubs for both engines; build/diffusers is a little repository of our own."""
     project = root / "a project"
     shutil.copytree(PROJECT / "sd3", project / "sd3", ignore=shutil.ignore_patterns("__pycache__"))
     (project / "patches").mkdir()
@@ -50,8 +66,10 @@ def fake_project(root: Path) -> Path:
     scripts.mkdir(parents=True)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-C", str(project / "build" / "diffusers")]
     names = ("train_dreambooth_sd3.py", "train_dreambooth_lora_sd3.py")
-    for name in names:
-        (scripts / name).write_text(STUB)
+    (project / "sd3" / "native").mkdir(exist_ok=True)
+    for folder in (scripts, project / "sd3" / "native"):
+        for name in names:
+            (folder / name).write_text(STUB)
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-qm", "stubs"], check=True)
@@ -65,6 +83,8 @@ def fake_project(root: Path) -> Path:
         f"UPSTREAM_URL=none\nUPSTREAM_COMMIT={answer('rev-parse', 'HEAD')}\n"
         f'UPSTREAM_TREE={answer("rev-parse", "HEAD^{tree}")}\nUPSTREAM_FILES="\n{files}"\n'
     )
+    if not checkout:
+        shutil.rmtree(project / "build")
     return project
 
 

@@ -136,6 +136,38 @@ def test_stubborn_ranks_are_killed_after_the_grace(
     assert processes_with(marker) == []
 
 
+@pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (BF16, 2)])
+def test_a_second_signal_ends_the_run_at_once(
+    project: Path, arguments: list[str], tmp_path: Path, launcher: str, ranks: int
+) -> None:
+    marker = tmp_path.name
+    process = start(
+        project, launcher, *arguments, f"--num_processors={ranks}", "--main_process_port=29535",
+        STUB_MODE="stubborn", STUB_MARKER=marker, SD3_STOP_GRACE="600",
+    )  # fmt: skip
+    run = tmp_path / "the run"
+    until(lambda: all((run / f"ready-{rank}").exists() for rank in range(ranks)))
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert processes_with(marker) == []
+
+
+def test_ranks_can_still_talk_to_each_other_after_a_signal(project: Path, arguments: list[str], tmp_path: Path) -> None:
+    process = start(
+        project, DDP, *arguments, "--num_processors=2", "--main_process_port=29536", STUB_MODE="together"
+    )  # fmt: skip
+    run = tmp_path / "the run"
+    until(lambda: all((run / f"ready-{rank}").exists() for rank in (0, 1)))
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert all((run / f"finished-{rank}").exists() for rank in (0, 1))
+
+
 def test_a_directory_in_use_is_refused_and_then_free(project: Path, arguments: list[str], tmp_path: Path) -> None:
     process = start(project, DDP, *arguments, STUB_MODE="wait")
     until((tmp_path / "the run" / "ready-0").exists)

@@ -28,6 +28,7 @@ SECRETS = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN",
 )  # fmt: skip
 PR_SET_CHILD_SUBREAPER = 36
+DOUBLE = 0.5  # s in which a signal is the first one again: a terminal sends Ctrl-C here and, by the launcher, once more
 
 
 class Masker:
@@ -132,10 +133,10 @@ class Supervisor:
         os.close(writer)
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """First signal: pass it to the ranks. One more, later than a terminal's double: end the grace."""
+        """First signal: pass it to the ranks, which may save what they have. A second one: end them at once."""
         now = time.monotonic()
         if self.caught:
-            if now > self.deadline - self.grace + 2:
+            if now > self.deadline - self.grace + DOUBLE:
                 self.deadline = now
             return
         self.caught = number
