@@ -95,7 +95,6 @@ def test_a_dog_folder_brings_its_prompt_to_a_captioned_launcher(project: Path, t
         (["--preset=sd4"], 2, "--preset=sd4 is not known"),
         (["--device=tpu"], 2, "--device=tpu is not known"),
         (["--engine=other"], 2, "--engine=other is not known"),
-        (["--engine=native"], 3, "no native engine"),
         (["--mixed_precision=fp8"], 2, "--mixed_precision=fp8 is not known"),
         (["--mixed_precision=fp16"], 2, "cannot run on a CPU"),
         (["--batch_size=four"], 2, "--batch_size=four is out of range"),
@@ -123,12 +122,3 @@ def test_refusals_name_the_value(
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert not (project / "logs").exists()
-
-
-def test_a_changed_checkout_is_no_engine(tmp_path: Path, tiny: list[str]) -> None:
-    project = fake_project(tmp_path)
-    script = project / "build" / "diffusers" / "examples" / "dreambooth" / "train_dreambooth_sd3.py"
-    script.write_text(script.read_text() + "\n# edited\n")
-    result = launch(project, DDP, *tiny)
-    assert result.returncode == 3
-    assert "setup_env.sh" in result.stderr

@@ -1,8 +1,9 @@
-"""What a run ran on: versions, device, and the ids of the patched files, as JSON."""
+"""What a run ran on, as JSON: versions, device, engine; the patched scripts' ids where it is they that train."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import socket
@@ -17,8 +18,27 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def environment(device: str) -> dict[str, object]:
-    """Versions of the packages present, the device's name, and the queue's ids; nothing of the user's environment."""
+def library(versions: dict[str, str]) -> str:
+    """Which diffusers the engine runs on: a release, or the checkout that set-up patched."""
+    spec = importlib.util.find_spec("diffusers")
+    checkout = PROJECT / "build" / "diffusers"
+    ours = spec and spec.origin and checkout.resolve() in Path(spec.origin).resolve().parents
+    return f"diffusers {versions.get('diffusers', 'unknown')}, {'from build/diffusers' if ours else 'as installed'}"
+
+
+def patched_scripts() -> dict[str, object]:
+    """The pin, the queue, and the ids that the queue leaves."""
+    pin = (PROJECT / "patches" / "upstream.env").read_text(encoding="utf-8").splitlines()
+    queue = (PROJECT / "patches" / "series").read_text(encoding="utf-8").splitlines()
+    return {
+        "upstream_commit": next((line.split("=", 1)[1] for line in pin if line.startswith("UPSTREAM_COMMIT=")), None),
+        "patches": [line for line in queue if line and not line.startswith("#")],
+        "patched_ids": [line.split()[::2] for line in pin if line.startswith("examples/")],
+    }
+
+
+def environment(device: str, engine: str) -> dict[str, object]:
+    """Versions of the packages present, the device's name, and the engine; nothing of the user's environment."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -31,12 +51,6 @@ def environment(device: str) -> dict[str, object]:
 
         module = getattr(torch, device)
         names = [module.get_device_name(index) for index in range(module.device_count())]
-    pin = dict(
-        line.split("=", 1)
-        for line in (PROJECT / "patches" / "upstream.env").read_text(encoding="utf-8").splitlines()
-        if line.startswith("UPSTREAM_") and "FILES" not in line
-    )
-    queue = (PROJECT / "patches" / "series").read_text(encoding="utf-8").splitlines()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -44,21 +58,19 @@ def environment(device: str) -> dict[str, object]:
         "device": device,
         "device_names": names,
         "packages": versions,
-        "upstream_commit": pin.get("UPSTREAM_COMMIT"),
-        "patches": [line for line in queue if line and not line.startswith("#")],
-        "patched_ids": [
-            line.split()[::2]
-            for line in (PROJECT / "patches" / "upstream.env").read_text(encoding="utf-8").splitlines()
-            if line.startswith("examples/")
-        ],
+        "engine": engine,
+        "library": library(versions),
+        **(patched_scripts() if engine == "diffusers" else {}),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the JSON; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Print versions, device and patch ids as JSON.")
+    parser = argparse.ArgumentParser(description="Print versions, device and engine as JSON.")
     parser.add_argument("--device", default="cpu", choices=("npu", "cuda", "cpu"))
-    json.dump(environment(parser.parse_args(arguments).device), sys.stdout, indent=2)
+    parser.add_argument("--engine", default="native", choices=("diffusers", "native"))
+    options = parser.parse_args(arguments)
+    json.dump(environment(options.device, options.engine), sys.stdout, indent=2)
     print()
     return 0
 

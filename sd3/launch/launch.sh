@@ -21,24 +21,29 @@ OPTION=(
 
 project_python() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 
-# The training script to run, and the first line of output.
+# ENGINE and TRAIN_SCRIPT, and the first line of output: which, and why.
 choose_engine() {
-  local wrong
-  if [ "${OPTION[engine]}" != native ]; then
+  local reason="asked for" wrong
+  ENGINE="${OPTION[engine]}"
+  if [ "$ENGINE" = auto ] && [ -n "${OPTION[resume]}" ] && [ -r "$RUN_DIR/run_settings.json" ]; then
+    # A checkpoint is its engine's own: a set-up that found or lost the source since then must not change it.
+    ENGINE="$(sed -n 's/^ *"engine": "\([a-z]*\)",*$/\1/p' "$RUN_DIR/run_settings.json")"
+    reason="it began the run"
+  fi
+  if [ "${ENGINE:=auto}" != native ]; then
     if wrong="$(. "$PROJECT_DIR/patches/lib.sh" && queue_source_ok "$PROJECT_DIR/build/diffusers" 2>&1)"; then
+      [ "$ENGINE" = diffusers ] || reason="the patched checkout in build/diffusers is as it should be"
       ENGINE=diffusers
-      TRAIN_SCRIPT="$PROJECT_DIR/build/diffusers/examples/dreambooth/$SCRIPT.py"
-      echo "engine: diffusers (the patched checkout in build/diffusers is as it should be)"
-      return 0
-    fi
-    if [ "${OPTION[engine]}" = diffusers ] || [ ! -f "$SD3_DIR/native/$SCRIPT.py" ]; then
-      fail "the patched scripts cannot be used: ${wrong//$'\n'/ } Run: bash $PROJECT_DIR/setup_env.sh" 3
+    else
+      wrong="${wrong//patches: /}"
+      wrong="the patched scripts cannot be used: ${wrong//$'\n'/ }"
+      [ "$ENGINE" = auto ] || fail "$wrong Run: bash $PROJECT_DIR/setup_env.sh" 3
+      ENGINE=native reason="${wrong%.}"
     fi
   fi
-  ENGINE=native
   TRAIN_SCRIPT="$SD3_DIR/native/$SCRIPT.py"
-  [ -f "$TRAIN_SCRIPT" ] || fail "--engine=native: this version has no native engine; use --engine=diffusers." 3
-  echo "engine: native (${wrong:-asked for})"
+  [ "$ENGINE" = native ] || TRAIN_SCRIPT="$PROJECT_DIR/build/diffusers/examples/dreambooth/$SCRIPT.py"
+  echo "engine: $ENGINE ($reason)"
 }
 
 # Where to train, and how many processes: DEVICE, OPTION[num_processors].
@@ -208,11 +213,13 @@ prepare_run_dir() {
       [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
     done <<<"$ASCEND_TABLE"
     [ -z "${ACCELERATE_USE_CPU:-}" ] || printf 'export ACCELERATE_USE_CPU=%q\n' "$ACCELERATE_USE_CPU"
+    # shellcheck disable=SC2016  # expanded where it runs
+    printf 'export PYTHONPATH=%q"${PYTHONPATH:+:$PYTHONPATH}"\n' "$PROJECT_DIR"
     printf 'cd %q\nexec ' "$PWD"
     quoted_command
   } | write_file "$RUN_DIR/command.sh"
   settings_json | write_file "$RUN_DIR/run_settings.json"
-  project_python -m sd3.common.run_environment --device="$DEVICE" | write_file "$RUN_DIR/environment.json"
+  project_python -m sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE" | write_file "$RUN_DIR/environment.json"
 }
 
 launch() {
@@ -221,10 +228,10 @@ launch() {
   settle_options
   check_numbers
   find_python || exit 3
+  choose_run_dir
   choose_engine
   choose_device
   settle_paths
-  choose_run_dir
   build_command
   settings_json | project_python -m sd3.common.preflight || exit $?
   if [ -n "${GIVEN[dry-run]:-}" ]; then
