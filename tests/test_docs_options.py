@@ -1,4 +1,4 @@
-"""The option tables of both READMEs against what each program's --help says."""
+"""The option tables of the READMEs, in both languages, against what each program's --help says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from repository import PROJECT, relative, text_of, tracked_files
 
 READMES = ["README.md", "README_zh.md"]
 LAUNCHERS = [relative(path) for path in tracked_files() if re.fullmatch(r"sd3/finetune_\w+\.sh", relative(path))]
+LAUNCH = PROJECT / "sd3" / "launch"
 OPTION = re.compile(r"--[a-z][\w-]*")
 
 
@@ -59,18 +60,23 @@ def test_launchers_share_their_options() -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 @pytest.mark.parametrize(
-    "program",
-    ["setup_env.sh", "sd3/finetune_sd3_dreambooth_lora_fp16.sh", "sd3/infer_sd3_text2img.py", "sd3/evaluate_sd3.py"],
+    ("folder", "program"),
+    [
+        ("", "setup_env.sh"),
+        ("", "sd3/finetune_sd3_dreambooth_lora_fp16.sh"),
+        ("sd3/inference/", "sd3/infer_sd3_text2img.py"),
+        ("sd3/evaluation/", "sd3/evaluate_sd3.py"),
+    ],
 )
-def test_the_table_is_the_help(readme: str, program: str) -> None:
-    assert options_in_readme(readme, program) == options_in_help(program)
+def test_the_table_is_the_help(folder: str, readme: str, program: str) -> None:
+    assert options_in_readme(folder + readme, program) == options_in_help(program)
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_the_environment_table_is_what_launchers_set(readme: str) -> None:
-    source = (PROJECT / "sd3" / "launch" / "ascend_env.sh").read_text(encoding="utf-8")
+    source = (LAUNCH / "ascend_env.sh").read_text(encoding="utf-8")
     rows = [line.split("|") for line in re.search(r"ASCEND_TABLE='(.*?)'", source, re.DOTALL)[1].splitlines()]
-    table = next(t for s in parse(PROJECT / readme) for t in s.tables if quoted(t[1][0]) == [rows[0][0]])
+    table = next(t for s in parse(LAUNCH / readme) for t in s.tables if quoted(t[1][0]) == [rows[0][0]])
     assert [(quoted(row[0])[0], row[2]) for row in table[1:]] == [(row[0], row[1]) for row in rows]
     # On an NPU alone: every one but the two that mean something everywhere.
     assert [row[1] == "NPU" for row in table[1:]] == [

@@ -48,7 +48,7 @@ usage() {
     default="${OPTION[$name]:-}"
     printf '  --%s%s\n        %s%s\n' "$name" "${argument:+=$argument}" "$meaning" "${default:+ [$default]}"
   done <<<"$OPTION_TABLE"
-  printf '\nEnvironment: SD3_PYTHON, SD3_STOP_GRACE (seconds that ranks get to stop, 60), CANN_SET_ENV; see README.md.\n'
+  printf '\nEnvironment: SD3_PYTHON, SD3_STOP_GRACE (seconds that ranks get to stop, 60), CANN_SET_ENV; see sd3/launch/README.md.\n'
 }
 
 fail() {
