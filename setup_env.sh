@@ -48,7 +48,7 @@ without_source() {
   cat <<END
 
 ================ NOTE: set up without the source of diffusers ================
-Not reached: $OUT_OF_REACH
+${OUT_OF_REACH^}
 Installed in its place: the library, diffusers $DIFFUSERS_RELEASE. Inference and evaluation need no more, and launchers
 train with the native engine: --engine=native, which --engine=auto now takes.
 For the patched scripts (--engine=diffusers) run this again with a network, or with --diffusers-src=URL|DIR|FILE.

@@ -213,8 +213,8 @@ def test_without_a_source_in_reach_the_library_comes_from_the_registry(place: Pl
     assert result.returncode == 0, result.stderr
     assert place.installed()[-1] == "diffusers==0.33.1"
     note = result.stderr[result.stderr.index("NOTE") :]
-    for said in (f"cannot be had from {NOWHERE}", "--engine=native", "--diffusers-src="):
-        assert said in note
+    missing = f"Commit {place.commit} of diffusers cannot be had from {NOWHERE}"
+    assert all(said in note for said in (missing, "--engine=native", "--diffusers-src="))
     assert result.stdout.splitlines()[-1].endswith("native")
     assert "diffusers, native" not in result.stdout
     assert (place.project / "build" / "venv.path").exists()
