@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from patching import PROJECT, SCRIPTS, free_port
 from safetensors.torch import load_file
+
+from patching import PROJECT, SCRIPTS, free_port
 
 
 def command(
-    kind: str, output: Path, model: Path, data: list[str], *arguments: str, ranks: int = 1, deepspeed: bool = False,
+    kind: str,
+    output: Path,
+    model: Path,
+    data: list[str],
+    *arguments: str,
+    ranks: int = 1,
+    deepspeed: bool = False,
     precision: str = "no",
 ) -> tuple[list[str], dict[str, str]]:
     """The command of a run, and its environment."""
@@ -33,12 +44,17 @@ def command(
     else:
         env["ACCELERATE_USE_CPU"] = "true"
         launch.append("--cpu" if ranks == 1 else "--multi_gpu")
+    script = str(PROJECT / "sd3" / "native" / SCRIPTS[kind])
+    return [*launch, script, *flags(output, model, precision), *data, *arguments], env
+
+
+def flags(output: Path, model: Path, precision: str) -> list[str]:
+    """What all runs have in common."""
     return [
-        *(*launch, str(PROJECT / "sd3" / "native" / SCRIPTS[kind])),
         *(f"--pretrained_model_name_or_path={model}", f"--output_dir={output}", f"--mixed_precision={precision}"),
         *("--instance_prompt=a photo of sks dog", "--resolution=64", "--learning_rate=1e-3", "--lr_warmup_steps=0"),
-        *(f"--precompute_dir={output.parent / 'precomputed'}", *data, *arguments),
-    ], env
+        f"--precompute_dir={output.parent / 'precomputed'}",
+    ]
 
 
 def start(*arguments: Any, **settings: Any) -> subprocess.Popen[str]:
@@ -67,6 +83,58 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
         os.killpg(process.pid, number)
     except ProcessLookupError:
         pass
+
+
+def forked(
+    kind: str, output: Path, model: Path, data: list[str], *arguments: str, before: Callable[[], None] | None = None
+) -> multiprocessing.Process:
+    """Start a run of one rank in a fork of this process, which spares it the imports; its output goes to a log.
+
+    `before` is called in the fork ahead of the run: to break something, or to have it killed.
+    """
+    import sd3.native.loop  # noqa: F401  # imported here once, not in each fork
+
+    line = [*flags(output, model, "no"), *data, *arguments]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=_forked, args=(kind, line, log_of(output), before))
+    process.start()
+    return process
+
+
+def log_of(output: Path) -> Path:
+    """Where a forked run's output goes."""
+    return output.with_name(f"{output.name}.log")
+
+
+def _forked(kind: str, line: list[str], log: Path, before: Callable[[], None] | None) -> None:
+    from sd3.native.loop import main
+
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""})
+    sys.stdout = sys.stderr = log.open("a", buffering=1)  # pytest's own are not descriptors 1 and 2
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
+    torch.set_num_threads(1)
+    logging.root.handlers.clear()  # pytest's
+    if before is not None:
+        before()
+    status = 1
+    try:
+        status = main(kind, line)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def finished(process: multiprocessing.Process, seconds: float = 120) -> int:
+    """Wait for a forked run to end; returns its exit status, negative for a signal."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError("the run hung")
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 120) -> bool:
@@ -107,6 +175,15 @@ def state(checkpoint: Path) -> dict[str, Any]:
         elif file.suffix == ".pt":
             found |= dict(_tensors(name, torch.load(file, weights_only=False)))
     return found
+
+
+def weights_in(folder: Path) -> dict[str, Any]:
+    """The tensors of the safetensors files of one folder, by file and name; none where it is not there."""
+    return {
+        f"{file.name}:{key}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
 
 
 def _tensors(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import time
 from pathlib import Path
 
-import native_runs
 import pytest
+
+import native_runs
 
 STEPS = 8
 # Name -> script, ranks, DeepSpeed, arguments. Between them: accumulation, flips, workers, an epoch's end in the middle.
@@ -20,7 +21,7 @@ MODES = {
     "full-deepspeed": ("full", 2, True, ["--random_flip", "--dataloader_num_workers=1"]),
     "lora-deepspeed": ("lora", 2, True, ["--gradient_accumulation_steps=2"]),
 }
-LONG = [pytest.param(mode, marks=pytest.mark.long) for mode in MODES if mode not in ("full", "lora-ddp")]
+LONG = [pytest.param(mode, marks=pytest.mark.long) for mode in MODES if MODES[mode][1] > 1 and mode != "lora-ddp"]
 
 
 def settings(mode: str) -> dict[str, object]:
@@ -34,20 +35,128 @@ def arguments(mode: str, output: Path, model: Path, data: Path, *more: str) -> l
     return [kind, output, model, [f"--instance_data_dir={data}"], *fixed, *own, *more]
 
 
-@pytest.mark.parametrize("mode", ["full", "lora-ddp", *LONG])
-def test_a_resumed_run_ends_as_a_straight_one(mode: str, tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
-    straight = native_runs.run(*arguments(mode, tmp_path / "straight", tiny_model, dog_dir), **settings(mode))
-    assert straight.returncode == 0, straight.stdout
-    broken = native_runs.start(*arguments(mode, tmp_path / "broken", tiny_model, dog_dir), **settings(mode))
-    assert native_runs.wait_for((tmp_path / "broken" / "checkpoint-4" / "complete").exists, broken)
+def straight_run(mode: str, model: Path, data: Path, folder: Path) -> Path:
+    """A run without a stop; of one rank, in a fork."""
+    if MODES[mode][1] == 1:
+        process = native_runs.forked(*arguments(mode, folder / "straight", model, data))
+        assert native_runs.finished(process) == 0, native_runs.log_of(folder / "straight").read_text()
+    else:
+        done = native_runs.run(*arguments(mode, folder / "straight", model, data), **settings(mode))
+        assert done.returncode == 0, done.stdout
+    return folder / "straight"
+
+
+def assert_same_runs(one: Path, other: Path, steps: tuple[int, ...]) -> None:
+    assert native_runs.losses(one) == native_runs.losses(other)
+    for step in steps:
+        states = [native_runs.state(folder / f"checkpoint-{step}") for folder in (one, other)]
+        native_runs.assert_same(*states)
+    for result in ("transformer", "."):
+        states = [native_runs.weights_in(folder / result) for folder in (one, other)]
+        native_runs.assert_same(*states)
+
+
+@pytest.mark.parametrize("mode", ["lora-ddp", *LONG])
+def test_several_ranks_killed_and_resumed_end_as_if_not(
+    mode: str, tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    straight = straight_run(mode, tiny_model, dog_dir, tmp_path)
+    output = tmp_path / "broken"
+    broken = native_runs.start(*arguments(mode, output, tiny_model, dog_dir), **settings(mode))
+    assert native_runs.wait_for((output / "checkpoint-4" / "complete").exists, broken)
     native_runs.kill(broken)
     broken.communicate()
-    resumed = native_runs.run(
-        *arguments(mode, tmp_path / "broken", tiny_model, dog_dir, "--resume_from_checkpoint=checkpoint-4"),
-        **settings(mode),
-    )
+    again = arguments(mode, output, tiny_model, dog_dir, "--resume_from_checkpoint=checkpoint-4")
+    resumed = native_runs.run(*again, **settings(mode))
     assert resumed.returncode == 0, resumed.stdout
-    assert native_runs.losses(tmp_path / "broken") == native_runs.losses(tmp_path / "straight")
-    for step in (6, 8):
-        one, other = (native_runs.state(tmp_path / name / f"checkpoint-{step}") for name in ("straight", "broken"))
-        native_runs.assert_same(one, other)
+    assert_same_runs(straight, output, (6, 8))
+
+
+class KilledAtStep:
+    """Has the process killed when a step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self) -> None:
+        from sd3.native import stop
+
+        seen = iter(range(1, 1_000_000))
+
+        def ask(self_: object) -> None:
+            if next(seen) == self.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        stop.Stopper.ask = ask
+
+
+class KilledWhileWriting:
+    """Has the process killed at the nth time that it brings a file to the disk, renames one or takes a hash."""
+
+    def __init__(self, moment: int) -> None:
+        self.moment = moment
+
+    def __call__(self) -> None:
+        from sd3.common import files
+        from sd3.native import cache, checkpoint, checkpoint_files, outputs
+
+        moments = iter(range(1, 1_000_000))
+
+        def counted(function):
+            def run(*arguments, **keywords):
+                if next(moments) == self.moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+
+            return run
+
+        files.sync = counted(files.sync)
+        os.replace = counted(os.replace)
+        for module, name in (
+            (checkpoint_files, "sync"), (checkpoint_files, "file_hash"), (checkpoint, "save_file"),
+            (cache, "save_file"), (outputs, "sync"),
+        ):  # fmt: skip
+            setattr(module, name, counted(getattr(module, name)))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_as_if_not(
+    mode: str, tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    straight = straight_run(mode, tiny_model, dog_dir, tmp_path)
+    again = arguments(mode, tmp_path / "broken", tiny_model, dog_dir, "--resume_from_checkpoint=latest")
+    assert native_runs.finished(native_runs.forked(*again, before=KilledAtStep(6))) == -signal.SIGKILL
+    assert native_runs.finished(native_runs.forked(*again)) == 0, native_runs.log_of(tmp_path / "broken").read_text()
+    assert "Resuming from" in native_runs.log_of(tmp_path / "broken").read_text()
+    assert_same_runs(straight, tmp_path / "broken", (6, 8))
+
+
+def killed_until_done(mode: str, model: Path, data: Path, output: Path, moments: random.Random, most: int) -> int:
+    """Start a run again and again, killed while it writes at a random moment, until it ends; returns the kills."""
+    again = arguments(mode, output, model, data, "--resume_from_checkpoint=latest")
+    for kills in range(30):
+        status = native_runs.finished(native_runs.forked(*again, before=KilledWhileWriting(moments.randint(1, most))))
+        assert status in (0, -signal.SIGKILL), native_runs.log_of(output).read_text()
+        if status == 0:
+            return kills
+    assert native_runs.finished(native_runs.forked(*again)) == 0
+    return kills
+
+
+@pytest.mark.parametrize(
+    ("mode", "seed"),
+    [("full", 0), *(pytest.param(mode, seed, marks=pytest.mark.long) for mode in ("full", "lora") for seed in (1, 2))],
+)
+def test_kills_inside_writes_lose_nothing(
+    mode: str, seed: int, tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    straight = straight_run(mode, tiny_model, dog_dir, tmp_path / "a")
+    kills = killed_until_done(mode, tiny_model, dog_dir, tmp_path / "b" / "run", random.Random(seed), 90)
+    assert kills > 2
+    assert_same_runs(straight, tmp_path / "b" / "run", (2, 4, 6, 8))
+    assert not list((tmp_path / "b" / "run").glob(".*partial*"))
+    entries = [
+        {file.name: file.read_bytes() for file in (tmp_path / name / "precomputed").rglob("[!.]*.safetensors")}
+        for name in ("a", "b")
+    ]
+    assert entries[0] == entries[1]

@@ -76,7 +76,7 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
             return []
         return [
             f"{option}={name} is no directory and no hub name such as stabilityai/stable-diffusion-3.5-large; "
-            "give the directory the model was downloaded to."
+            "give the directory of a model or of a run."
         ]
     if not root.is_dir():
         return [f"{option}={name} is a file; give the directory with model_index.json in it."]

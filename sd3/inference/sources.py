@@ -6,16 +6,14 @@ Everything that can be refused by looking at files is refused here, before weigh
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd3.common.command_line import UserError
+from sd3.common.hub_models import model_directory
 from sd3.common.model_files import (
-    HUB_NAME,
     MODELS,
     TOKENIZERS,
-    check_model,
     content_hash,
     damaged_files,
     file_hash,
@@ -63,13 +61,6 @@ def find_sources(
     """
     root = Path(model)
     given = lora or default_lora
-    if not root.exists():
-        if HUB_NAME.fullmatch(model) and not model.startswith("."):
-            return _with_lora(model, _parts_of(_from_hub(model, local_files_only)), given)
-        raise UserError(
-            f"--model={model} is no directory and no hub name such as stabilityai/stable-diffusion-3.5-large; "
-            "give the directory of a model or of a run."
-        )
     if root.is_dir() and not (root / "model_index.json").is_file() and (settings := _run_settings(root)):
         base = _base_of_run(root, settings, local_files_only)
         trained = {part: root / part for part in MODELS if (root / part / "config.json").is_file()}
@@ -88,9 +79,8 @@ def find_sources(
         made = sorted(root.glob("checkpoint-*/complete"), key=lambda path: int(path.parent.name.split("-")[1]))
         advice = f"use --model={made[-1].parent}" if made else "let the run finish, or resume it"
         raise UserError(f"--model={model} is a run that has not written its final model; {advice}.")
-    if problems := check_model(model, "--model"):
-        raise UserError(problems[0])
-    return _with_lora(model, _parts_of(root), given)
+    folder = model_directory(model, "--model", local_files_only=local_files_only)
+    return _with_lora(model, _parts_of(folder), given)
 
 
 def _parts_of(root: Path) -> dict[str, Path]:
@@ -115,21 +105,6 @@ def _base_of_run(root: Path, settings: dict[str, str], local_files_only: bool) -
         return find_sources(base, "", local_files_only)
     except UserError as error:
         raise UserError(f"--model={root} was trained from {base}, which cannot be used: {error}") from None
-
-
-def _from_hub(name: str, local_files_only: bool) -> Path:
-    """The folder of a hub model in the local cache, downloaded if that is allowed and needed."""
-    from diffusers import StableDiffusion3Pipeline
-
-    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    try:
-        return Path(StableDiffusion3Pipeline.download(name, local_files_only=offline))
-    except (OSError, ValueError) as error:
-        why = "it is not in the local cache" if offline else str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model={name} is no directory here, and cannot be had from the hub ({why}); give the directory of the "
-            "model, or log in with 'huggingface-cli login' if it is gated."
-        ) from None
 
 
 def _with_lora(name: str, parts: dict[str, Path], lora: str) -> Sources:

@@ -117,7 +117,8 @@ build_command() {
   local processes=$((OPTION[num_processors] * OPTION[num_machines])) config="$CONFIG"
   # The fp16 file names deepspeed_fp16.json, which no flag takes back: another precision needs the other file.
   [ "$DEEPSPEED" -eq 0 ] || [ "${OPTION[mixed_precision]}" = fp16 ] || config=bf16_accelerate_config.yaml
-  COMMAND=("$PYTHON" -m accelerate.commands.launch "--config_file=${OPTION[config_file]:-$SD3_DIR/$config}"
+  # Quiet: where the script has said what is wrong, a stack of accelerate's own adds nothing.
+  COMMAND=("$PYTHON" -m accelerate.commands.launch --quiet "--config_file=${OPTION[config_file]:-$SD3_DIR/$config}"
     "--num_processes=$processes" "--num_machines=${OPTION[num_machines]}" "--machine_rank=${OPTION[machine_rank]}"
     "--main_process_ip=${OPTION[main_process_ip]}" "--main_process_port=${OPTION[main_process_port]}")
   if [ "$DEEPSPEED" -eq 1 ]; then

@@ -6,9 +6,11 @@ computes the same entry at the same time writes the same file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from sd3.common.files import new_file
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
+LEFTOVER_AGE = 24 * 3600  # s
 KEPT_BYTES = 2 << 30  # of what was read, kept in memory by one process
 
 
@@ -32,6 +35,13 @@ class Cache:
         self.folder = folder
         self._kept: dict[str, Tensors] = {}
         self._room = KEPT_BYTES
+
+    def sweep(self) -> None:
+        """Remove what killed runs left half-written; what is young may be another run's at work."""
+        for file in self.folder.glob("*/.*.safetensors"):
+            with contextlib.suppress(OSError):
+                if time.time() - file.stat().st_mtime > LEFTOVER_AGE:
+                    file.unlink()
 
     @staticmethod
     def key(**facts: object) -> str:

@@ -40,6 +40,8 @@ class Precompute:
         self.model = model
         self.accelerator = accelerator
         self.cache = Cache(Path(options.precompute_dir))
+        if accelerator.is_main_process:
+            self.cache.sweep()
 
     def latents(self, views: Sequence[View]) -> list[str]:
         """For each view the key of its latent distribution: `mean` and `logvar` [16, H/8, W/8] float32.

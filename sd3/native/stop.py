@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,11 +17,12 @@ from torch import distributed
 from sd3.common.command_line import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL = 0.5  # s within which a second one is the first, come by another way: from a scheduler and the launcher
 LOCK = ".training.lock"
 
 
 class Stopper:
-    """Takes note of SIGTERM and SIGINT; a second signal ends the process at once.
+    """Takes note of SIGTERM and SIGINT; a second signal, half a second later or more, ends the process at once.
 
     The ranks see a signal at different steps and must write their checkpoint at the same one. So the numbers of their
     signals are combined at each step, on the CPU and beside the step's own work: no device waits for it.
@@ -29,6 +31,7 @@ class Stopper:
     def __init__(self) -> None:
         """Install the handlers."""
         self.caught = 0
+        self._caught_at = 0.0
         self._group = None
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             self._group = distributed.new_group(backend="gloo")
@@ -38,9 +41,11 @@ class Stopper:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.caught:
+        now = time.monotonic()
+        if not self.caught:
+            self.caught, self._caught_at = number, now
+        elif now - self._caught_at >= SAME_SIGNAL:
             os._exit(128 + number)
-        self.caught = number
 
     def ask(self) -> None:
         """Begin to combine what the ranks have caught so far; call it when a step begins."""
