@@ -86,30 +86,52 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
 
 
 def forked(
-    kind: str, output: Path, model: Path, data: list[str], *arguments: str, before: Callable[[], None] | None = None
+    kind: str,
+    output: Path,
+    model: Path,
+    data: list[str],
+    *arguments: str,
+    before: Callable[[], None] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
 ) -> multiprocessing.Process:
-    """Start a run of one rank in a fork of this process, which spares it the imports; its output goes to a log.
+    """Start one rank of a run in a fork of this process, which spares it the imports; its output goes to a log.
 
     `before` is called in the fork ahead of the run: to break something, or to have it killed.
     """
     import sd3.native.loop  # noqa: F401  # imported here once, not in each fork
 
     line = [*flags(output, model, "no"), *data, *arguments]
+    environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    if ranks > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_forked, args=(kind, line, log_of(output), before))
+    process = multiprocessing.get_context("fork").Process(
+        target=_forked, args=(kind, line, log_of(output, rank), environment, before)
+    )
     process.start()
     return process
 
 
-def log_of(output: Path) -> Path:
-    """Where a forked run's output goes."""
-    return output.with_name(f"{output.name}.log")
+def forked_ranks(*arguments: Any, ranks: int = 2, **settings: Any) -> list[multiprocessing.Process]:
+    """Start all ranks of a run on one machine."""
+    port = free_port()
+    return [forked(*arguments, rank=rank, ranks=ranks, port=port, **settings) for rank in range(ranks)]
 
 
-def _forked(kind: str, line: list[str], log: Path, before: Callable[[], None] | None) -> None:
+def log_of(output: Path, rank: int = 0) -> Path:
+    """Where a forked rank's output goes."""
+    return output.with_name(f"{output.name}-{rank}.log")
+
+
+def _forked(
+    kind: str, line: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None
+) -> None:
     from sd3.native.loop import main
 
-    os.environ.update({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""})
+    os.environ.update(environment)
     sys.stdout = sys.stderr = log.open("a", buffering=1)  # pytest's own are not descriptors 1 and 2
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
@@ -151,16 +173,34 @@ def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 120) -
 
 def losses(output: Path) -> dict[int, float]:
     """Loss of each step over all sessions; a step made again must have come out the same."""
+    found: dict[int, float] = {}
+    for session in _sessions(output):
+        for step, loss in session.items():
+            assert found.setdefault(step, loss) == loss, f"step {step} differs between sessions"
+    return found
+
+
+def losses_of_last_session(output: Path) -> dict[int, float]:
+    """Loss of each step since the last start of the run."""
+    return _sessions(output)[-1]
+
+
+def _sessions(output: Path) -> list[dict[int, float]]:
+    """Losses by step, of each start of the run."""
     from sd3.common.report_events import event_messages, scalar
 
-    found: dict[int, float] = {}
-    for file in output.glob("logs/**/events.*"):
-        for message in event_messages(file):
-            for value in message.summary.value:
-                if value.tag == "loss":
-                    loss = scalar(value)
-                    assert found.setdefault(message.step, loss) == loss, f"step {message.step} differs between sessions"
-    return found
+    loaded = [messages for file in output.glob("logs/**/events.*") if (messages := event_messages(file))]
+    sessions = []
+    for messages in sorted(loaded, key=lambda found: found[0].wall_time):
+        found = {
+            message.step: scalar(value)
+            for message in messages
+            for value in message.summary.value
+            if value.tag == "loss"
+        }
+        if found:
+            sessions.append(found)
+    return sessions
 
 
 def state(checkpoint: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ OPTIMIZER = "optimizer.safetensors"
 DEEPSPEED = "deepspeed"
 LORA = "pytorch_lora_weights.safetensors"
 FORMAT = 1
+UNREADABLE = "{} cannot be read ({} is not what this engine writes); resume from another checkpoint."
 
 
 def pack(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -70,7 +71,10 @@ def find(options: argparse.Namespace, accelerator: Accelerator, kind: str) -> tu
         raise folder
     if folder is None:
         return None
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(UNREADABLE.format(folder, STATE)) from None
     ranks, deepspeed = accelerator.num_processes, accelerator.distributed_type == DistributedType.DEEPSPEED
     if state["format"] != FORMAT:
         raise UserError(
@@ -87,6 +91,13 @@ def find(options: argparse.Namespace, accelerator: Accelerator, kind: str) -> tu
             f"resume with {state['ranks']} ranks."
         )
     return folder, state
+
+
+def _tensors_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / name)
+    except SafetensorError:
+        raise UserError(UNREADABLE.format(folder, name)) from None
 
 
 class Checkpoints:
@@ -172,7 +183,7 @@ class Checkpoints:
             self.model.load_checkpoint(str(folder), tag=DEEPSPEED, load_module_strict=not self.trained.lora)
         else:
             self._load_weights(folder)
-            self.optimizer.load_state_dict(unpack(load_file(folder / OPTIMIZER), state["optimizer"]))
+            self.optimizer.load_state_dict(unpack(_tensors_of(folder, OPTIMIZER), state["optimizer"]))
             if self.accelerator.scaler is not None and "scaler" in state:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         self.schedule.load_state_dict(state["schedule"])
@@ -181,7 +192,7 @@ class Checkpoints:
 
     def _load_weights(self, folder: Path) -> None:
         if self.trained.lora:
-            tensors = load_file(folder / LORA)
+            tensors = _tensors_of(folder, LORA)
             expected = {
                 f"{name}.{key.replace('.default.', '.')}": parameter
                 for name, part in self.trained.parts.items()

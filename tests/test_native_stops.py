@@ -1,0 +1,168 @@
+"""Signals, locks, full disks, losses that are not finite: a run of the native engine ends with nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import native_runs
+
+CHECKPOINTS = ["--seed=3", "--train_batch_size=1"]
+ENDLESS = [*CHECKPOINTS, "--max_train_steps=100000", "--checkpointing_steps=100000"]
+
+
+def arguments(output: Path, model: Path, data: Path, *more: str) -> list[object]:
+    return ["lora", output, model, [f"--instance_data_dir={data}"], *more]
+
+
+def training(output: Path, rank: int = 0) -> bool:
+    """Has the run made a step?"""
+    log = native_runs.log_of(output, rank)
+    return log.exists() and "loss=" in log.read_text()
+
+
+def wait_until_training(output: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not training(output):
+        assert time.monotonic() < deadline, native_runs.log_of(output).read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    number: int, tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    process = native_runs.forked(*arguments(output, tiny_model, dog_dir, *ENDLESS))
+    wait_until_training(output)
+    os.kill(process.pid, number)
+    assert native_runs.finished(process) == 128 + number
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert (checkpoint / "complete").exists()
+    assert int(checkpoint.name.split("-")[1]) == max(native_runs.losses(output))
+    assert f"{checkpoint.name} is complete" in native_runs.log_of(output).read_text()
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ranks = native_runs.forked_ranks(*arguments(output, tiny_model, dog_dir, *ENDLESS))
+    wait_until_training(output)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert [native_runs.finished(rank) for rank in ranks] == [143, 143]
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert (checkpoint / "complete").exists()
+
+
+def test_a_second_signal_ends_the_run_at_once(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    def slow_checkpoints() -> None:
+        from sd3.native import checkpoint
+
+        checkpoint.Checkpoints.save = lambda *a: time.sleep(60)
+
+    output = tmp_path / "run"
+    process = native_runs.forked(*arguments(output, tiny_model, dog_dir, *ENDLESS), before=slow_checkpoints)
+    wait_until_training(output)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)  # the same signal, sent twice: by a scheduler and by the launcher
+    time.sleep(0.8)
+    assert process.is_alive()
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    assert native_runs.finished(process) == 143
+    assert time.monotonic() - began < 5
+
+
+def test_two_runs_in_one_directory_are_one_too_many(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = native_runs.forked(*arguments(output, tiny_model, dog_dir, *ENDLESS))
+    wait_until_training(output)
+    assert native_runs.finished(native_runs.forked(*arguments(output, tiny_model, dog_dir, *ENDLESS))) == 2
+    assert "is in use by a run that is still going" in native_runs.log_of(output).read_text()
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    last = native_runs.forked(*arguments(output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=1"))
+    assert native_runs.finished(last) == 0
+
+
+class LossAt:
+    """Gives one step the loss `value`."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+    def __call__(self) -> None:
+        from sd3.native import step as steps
+
+        true_loss, calls = steps.FlowMatching.loss, iter(range(1, 1000))
+
+        def loss(*positional):
+            found = true_loss(*positional)
+            return found * self.value if next(calls) == self.step else found
+
+        steps.FlowMatching.loss = loss
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_checkpoint(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = arguments(
+        output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=6", "--checkpointing_steps=2", "--log_every=50"
+    )
+    assert native_runs.finished(native_runs.forked(*run, before=LossAt(4, float("nan")))) == 1
+    log = native_runs.log_of(output).read_text()
+    assert "the loss of step 4 is nan (pictures: 0" in log
+    assert f"The last good checkpoint: {output / 'checkpoint-2'}" in log
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    on = native_runs.forked(*run, "--continue_on_nonfinite", before=LossAt(4, float("nan")))
+    assert native_runs.finished(on) == 0
+
+
+def no_room() -> None:
+    """No file may grow beyond 200 kB, which ends a write as a full disk does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = ["full", *arguments(output, tiny_model, dog_dir, *CHECKPOINTS, "--checkpointing_steps=2")[1:]]
+    assert native_runs.finished(native_runs.forked(*run, "--max_train_steps=2")) == 0
+    resume = [*run, "--max_train_steps=6", "--resume_from_checkpoint=latest"]
+    assert native_runs.finished(native_runs.forked(*resume, before=no_room)) == 1
+    log = native_runs.log_of(output).read_text()
+    assert f"{output / 'checkpoint-4'} could not be written" in log
+    assert f"The last good checkpoint: {output / 'checkpoint-2'}" in log
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-2"]
+    assert not list(output.glob(".checkpoint-*"))
+    assert native_runs.finished(native_runs.forked(*resume)) == 0
+
+
+def test_a_full_disk_while_the_result_is_written_is_said_and_can_be_resumed(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    def full_disk() -> None:
+        from sd3.native import outputs
+
+        def sync(path: Path) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        outputs.sync = sync
+
+    output = tmp_path / "run"
+    run = arguments(output, tiny_model, dog_dir, *CHECKPOINTS, "--checkpointing_steps=2", "--max_train_steps=2")
+    assert native_runs.finished(native_runs.forked(*run, before=full_disk)) == 1
+    assert "the result could not be written" in native_runs.log_of(output).read_text()
+    assert not (output / "pytorch_lora_weights.safetensors").exists()
+    assert native_runs.finished(native_runs.forked(*run, "--resume_from_checkpoint=latest")) == 0
+    assert (output / "pytorch_lora_weights.safetensors").exists()
