@@ -12,6 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 LAUNCHERS = sorted(path.name for path in (PROJECT / "sd3").glob("finetune_*.sh"))
 BF16 = "finetune_sd3_dreambooth_deepspeed_bf16.sh"
 DDP = "finetune_sd3_dreambooth_fp16.sh"
+LORA = "finetune_sd3_dreambooth_lora_fp16.sh"
 
 STUB = '''
 import json, os, signal, sys, time

@@ -78,6 +78,7 @@ def start_accelerator(options: argparse.Namespace) -> Accelerator:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if accelerator.is_local_main_process else logging.ERROR,
     )
+    logger.info("%s", str(accelerator.state).strip().replace("\n", "; "))
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
