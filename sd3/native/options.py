@@ -134,7 +134,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
         switch("center_crop", "crop the middle; else a place drawn once for each picture"),
         switch("random_flip", "mirror pictures at random"),
         whole("dataloader_num_workers", 0, "processes that load data; 0: the training process does", NOT_NEGATIVE),
-        switch("cache_latents", "compute latents once, up front; here that is so anyway, unless text encoders train"),
+        switch("cache_latents", "compute latents once, up front: here that is always so"),
     ),
     "prior preservation": (
         switch("with_prior_preservation", "train on pictures of the subject's class as well, against forgetting it"),
