@@ -49,7 +49,9 @@ def report_of(run: Path) -> dict:
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
 
 
-def test_deepspeed_with_validation_checkpoint_and_resume(tmp_path: Path, tiny: list[str], engine: str, pokemon_dir: Path) -> None:
+def test_deepspeed_with_validation_checkpoint_and_resume(
+    tmp_path: Path, tiny: list[str], engine: str, pokemon_dir: Path
+) -> None:
     run = tmp_path / "run"
     arguments = [*tiny, f"--dataset_name={pokemon_dir}", "--num_processors=2", "--checkpointing_steps=4"]
     arguments += ["--validation_prompt=a red creature", f"--output_dir={run}"]
