@@ -1,4 +1,4 @@
-"""The patched upstream scripts against our engine: paired runs in alternation, a table, JSON, the bound of arithmetic."""
+"""The patched upstream scripts against our engine: paired runs in alternation, a table, JSON, and the bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark's runs come to: ratios, the bound that arithmetic sets, when the precompute has paid; the table."""
+"""What the runs of the benchmark come to: ratios, the bound of arithmetic, when the precompute has paid; a table."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def as_table(result: Mapping[str, Any]) -> str:
         f"threads: {runs['native'][0]['threads']}, {len(runs['native'])} pairs of {case['steps']} steps after "
         f"{case['warm_up']}",
         "",
-        "| engine | pictures/s | speed, of upstream: min, median, max | peak memory, MB | of upstream: min, median, max |",
+        "| engine | pictures/s | times upstream: min, median, max | peak memory, MB | times upstream: min, median, max |",
         "|---|---|---|---|---|",
     ]
     for name in ENGINES:
