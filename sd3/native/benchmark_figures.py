@@ -77,7 +77,7 @@ def as_table(result: Mapping[str, Any]) -> str:
         f"threads: {runs['native'][0]['threads']}, {len(runs['native'])} pairs of {case['steps']} steps after "
         f"{case['warm_up']}",
         "",
-        "| engine | pictures/s | times upstream: min, median, max | peak memory, MB | times upstream: min, median, max |",
+        "| engine | pictures/s | times upstream: min, median, max | peak MB | times upstream: min, median, max |",
         "|---|---|---|---|---|",
     ]
     for name in ENGINES:
