@@ -89,9 +89,8 @@ def test_the_figures_of_runs() -> None:
 
 def result(**changes: object) -> dict:
     one = case(**changes)
-    return {
-        "model": "proportional-512", "case": dataclasses.asdict(one), "runs": RUNS, "figures": figures(MEDIUM, one, RUNS)
-    }  # fmt: skip
+    found = figures(MEDIUM, one, RUNS)
+    return {"model": "proportional-512", "case": dataclasses.asdict(one), "runs": RUNS, "figures": found}
 
 
 def test_the_table_says_what_was_found() -> None:
