@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sd3.common.command_line import UserError
+from sd3.common.files import write_text
 from sd3.common.memory import GIVE_BACK
 
 SPREAD = ("min", "median", "max")
@@ -28,6 +31,39 @@ class Variant:
     kind: str
     case: Any
     short: Any = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of every such benchmark."""
+    parser.add_argument("--pairs", type=int, default=3, help="paired runs (default 3)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a child's job: a kind, with the case on standard input
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], one_run: Callable[[dict[str, Any], str, Path], Any],
+    compare: Callable[[argparse.Namespace], dict[str, Any]], as_table: Callable[[dict[str, Any]], str],
+) -> int:  # fmt: skip
+    """The whole command line; returns the exit status.
+
+    `one_run` is what a child does: it gets the fields of a case, the kind and an empty directory, and returns a
+    dataclass. `compare` runs the children, and what it found is printed by `as_table`.
+    """
+    try:
+        options = parser.parse_args(arguments)
+        if options.one:
+            with tempfile.TemporaryDirectory() as folder:
+                measured = one_run(json.load(sys.stdin), options.one, Path(folder))
+            print(json.dumps(asdict(measured)))
+            return 0
+        found = compare(options)
+        print(as_table(found))
+        if options.output:
+            write_text(options.output, json.dumps(found, indent=2) + "\n")
+        return 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
 
 
 def back_and_forth(names: Sequence[str], pairs: int) -> Iterator[str]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from sd3.common import flops, paired
 from sd3.common.command_line import Parser, UserError
-from sd3.common.files import write_text
 from sd3.common.model_sizes import CLIP_TOKENS, SIZES, ModelSize, size_of
-from sd3.common.paired import Variant, measure
+from sd3.common.paired import Variant, add_options, measure, run_benchmark
 from sd3.common.tiny_sd3 import MADE, make_tiny_sd3
-from sd3.inference.benchmark_run import Case, run_case
+from sd3.inference.benchmark_run import Case, Measured, run_case
 from sd3.inference.paint import T5_TOKENS
 from sd3.inference.ranks import Ranks
 from sd3.inference.run import check_dtype, versions
@@ -45,32 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--side", type=int, help="pixels a side (default 256 for proportional, 128 for tiny, else 1024)")
     add("--guidance-scale", type=float, default=1.0, help="guidance scale (default 1, as published)")
     add("--batch-sizes", type=int, nargs="+", default=[1], help="our batch sizes, each compared apart (default 1)")
-    add("--pairs", type=int, default=3, help="paired runs (default 3)")
     add("--compile", action="store_true", help="also ours with a compiled transformer, reported apart")
-    add("--output", type=Path, help="write the figures as JSON")
-    add("--one", help=argparse.SUPPRESS)  # a child's job: "published" or "ours", with the case on standard input
+    add_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str], script: Path) -> int:
     """Command line of `script`; returns the exit status."""
-    try:
-        options = build_parser().parse_args(arguments)
-        if options.one:
-            with tempfile.TemporaryDirectory() as folder:
-                case = Case(**json.load(sys.stdin))
-                measured = run_case(case, options.one == "ours", Path(folder))
-            json.dump(dataclasses.asdict(measured), sys.stdout)
-            return 0
+
+    def one_run(fields: dict, kind: str, folder: Path) -> Measured:
+        return run_case(Case(**fields), kind == "ours", folder)
+
+    def compare(options: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as scratch:
-            result = _compare(options, script, Path(scratch))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    print(as_table(result))
-    if options.output:
-        write_text(options.output, json.dumps(result, indent=2) + "\n")
-    return 0
+            return _compare(options, script, Path(scratch))
+
+    return run_benchmark(build_parser(), arguments, one_run, compare, as_table)
 
 
 def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ from sd3.common.command_line import Parser, UserError
 from sd3.common.devices import DeviceError, detect
 from sd3.common.files import write_text
 from sd3.common.model_sizes import PATCH, SIZES, VAE_STRIDE, size_of
-from sd3.common.paired import Variant, measure
+from sd3.common.paired import Variant, add_options, measure, run_benchmark
 from sd3.common.run_environment import environment
 from sd3.common.synthetic_data import make_dog
 from sd3.common.tiny_sd3 import make_tiny_sd3
 from sd3.native.benchmark_figures import ENGINES, as_table, figures
-from sd3.native.benchmark_run import CAPTION_COLUMN, FOLDERS, PROJECT, PROMPT, Case, run_case
+from sd3.native.benchmark_run import CAPTION_COLUMN, FOLDERS, PROJECT, PROMPT, Case, Measured, run_case
 
 
 class Usual(NamedTuple):
@@ -65,7 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--captions", default="each", choices=("each", "one"), help="one for each picture (default), or one for all")
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="where to train")
     add("--precision", choices=("no", "fp16", "bf16"), help="mixed precision (default bf16, on a cpu no)")
-    add("--pairs", type=int, default=3, help="paired runs (default 3)")
     add("--steps", type=int, default=5, help="measured steps of a run (default 5)")
     add("--warm-up", type=int, default=2, help="steps before them (default 2)")
     add("--batch-size", type=int, help="pictures in a batch (default 4; a large model's LoRA 8, tiny 2)")
@@ -76,28 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="recompute activations (default: in full fine-tuning)",
     )  # fmt: skip
     add("--keep", type=Path, metavar="DIR", help="keep model and pictures here, and use those that are here")
-    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
-    add("--one", choices=ENGINES, help=argparse.SUPPRESS)  # a child's job, with the case on standard input
+    add_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str], script: Path) -> int:
     """Command line of `script`; returns the exit status."""
-    try:
-        options = build_parser().parse_args(arguments)
-        if options.one:
-            with tempfile.TemporaryDirectory() as folder:
-                measured = run_case(Case(**json.load(sys.stdin)), options.one, Path(folder))
-            print(json.dumps(dataclasses.asdict(measured)))
-            return 0
-        result = compare(options, script)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    print(as_table(result))
-    if options.output:
-        write_text(options.output, json.dumps(result, indent=2) + "\n")
-    return 0
+
+    def one_run(fields: dict[str, Any], engine: str, folder: Path) -> Measured:
+        return run_case(Case(**fields), engine, folder)
+
+    return run_benchmark(build_parser(), arguments, one_run, lambda options: compare(options, script), as_table)
 
 
 def compare(options: argparse.Namespace, script: Path) -> dict[str, Any]:
