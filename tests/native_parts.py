@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+import torch
+
+from sd3.native.data import Items, Loader, Samples, Texts
 from sd3.native.options import parse
+from sd3.native.precompute import Precompute
+from sd3.native.stream import Stream
 
 NEEDED = ("--pretrained_model_name_or_path=m", "--instance_prompt=a dog", "--instance_data_dir=d")
 
 
 def options(*arguments: str, kind: str = "lora") -> argparse.Namespace:
     """Options with what has to be given given; later arguments overrule earlier ones."""
-    return parse(kind, [*NEEDED, *arguments])
+    has_data = any(one.startswith("--dataset_name=") for one in arguments)
+    return parse(kind, [*NEEDED[: -1 if has_data else None], *arguments])
+
+
+class Ranks:
+    """As much of an accelerator as preparations need; `arrivals` counts the waits for the other ranks."""
+
+    def __init__(self, index: int = 0, count: int = 1) -> None:
+        self.process_index, self.num_processes = index, count
+        self.is_main_process, self.is_local_main_process = index == 0, False
+        self.device, self.arrivals = torch.device("cpu"), 0
+
+    def wait_for_everyone(self) -> None:
+        self.arrivals += 1
+
+
+def loader(given: argparse.Namespace, model: Path, ranks: Ranks | None = None) -> Loader:
+    """What feeds a run in float32 with these options, after everything was computed that it reads."""
+    ranks = ranks or Ranks()
+    precompute = Precompute(given, model, ranks)
+    items = Items(given, precompute)
+    texts = Texts.prepare(given, items, precompute, torch.float32)
+    stream = Stream(
+        given.seed or 0, len(items), given.train_batch_size, given.gradient_accumulation_steps, ranks.num_processes
+    )
+    return Loader(given, Samples(items, stream, precompute.cache), texts, ranks.device)

@@ -12,23 +12,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from native_parts import options
+from native_parts import Ranks, options
 from sd3.common.command_line import UserError
 from sd3.native.prior import class_pictures, make_class_images
 
 COUNT, BATCH = 5, 2
 plain_call = StableDiffusion3Pipeline.__call__
-
-
-class Ranks:
-    """As much of an accelerator as the painting needs; `arrivals` counts the waits for the other ranks."""
-
-    def __init__(self, index: int = 0, count: int = 1) -> None:
-        self.process_index, self.num_processes = index, count
-        self.device, self.is_local_main_process, self.arrivals = torch.device("cpu"), False, 0
-
-    def wait_for_everyone(self) -> None:
-        self.arrivals += 1
 
 
 def quick_call(self: StableDiffusion3Pipeline, prompt: list[str], **settings: object) -> object:

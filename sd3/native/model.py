@@ -70,7 +70,8 @@ class Trained:
                 add_lora(part, options, name)
             else:
                 part.requires_grad_(True)
-        self.denoiser.train()
+        for part in self.parts.values():  # and not the T5 beside a LoRA, whose dropout would blur its embeds
+            part.train()
         if options.gradient_checkpointing:
             self._checkpoint_activations(transformer)
         if options.compile_blocks:

@@ -48,7 +48,8 @@ def draw(options: argparse.Namespace, seed: int, batch: Batch, steps: int) -> Dr
                     logit_std=options.logit_std, mode_scale=options.mode_scale,
                 )
             )  # fmt: skip
-    indices = (torch.cat(densities) * steps).long()
+    # A wide logit_normal rounds to 1, a strong mode leaves the interval from 0 to 1: the table has no entry there.
+    indices = (torch.cat(densities) * steps).long().clamp(0, steps - 1)
     return Draws(normal(shape, seeds("sampling"), device), normal(shape, seeds("noise"), device), indices)
 
 
