@@ -53,5 +53,5 @@ def make_transformer(size: ModelSize) -> SD3Transformer2DModel:
         sample_size=size.sample_size, patch_size=PATCH, in_channels=LATENT_CHANNELS, num_layers=size.layers,
         attention_head_dim=size.head_width, num_attention_heads=size.heads, joint_attention_dim=size.t5_width,
         caption_projection_dim=size.transformer_width, pooled_projection_dim=size.pooled_width,
-        out_channels=LATENT_CHANNELS, pos_embed_max_size=size.positions,
+        out_channels=LATENT_CHANNELS, pos_embed_max_size=size.positions, qk_norm=size.qk_norm,
     )  # fmt: skip

@@ -48,6 +48,7 @@ class ModelSize:
     head_width: int
     sample_size: int
     positions: int
+    qk_norm: str | None = None  # SD3.5's normalization of queries and keys; SD3 medium has none
 
     @property
     def transformer_width(self) -> int:
@@ -104,5 +105,5 @@ def size_of(parts: Mapping[str, Path]) -> ModelSize:
         vae_groups=vae["norm_num_groups"],
         layers=transformer["num_layers"], heads=transformer["num_attention_heads"],
         head_width=transformer["attention_head_dim"], sample_size=transformer["sample_size"],
-        positions=transformer["pos_embed_max_size"],
+        positions=transformer["pos_embed_max_size"], qk_norm=transformer.get("qk_norm"),
     )  # fmt: skip
