@@ -50,7 +50,7 @@ class ModelSize:
     head_width: int
     sample_size: int
     positions: int
-    qk_norm: str | None = None
+    qk_norm: str | None = None  # SD3.5's normalization of queries and keys; SD3 medium has none
 
     @property
     def transformer_width(self) -> int:

@@ -1,0 +1,109 @@
+"""Trains the autoencoder on pictures of the world and on doodles, and measures its latents."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from sd3.common.model_parts import make_vae
+from sd3.tiny_world.grammar import draw_scene
+from sd3.tiny_world.loop import Trainer, rounded, seeded
+from sd3.tiny_world.render import Pixels, doodle, render
+from sd3.tiny_world.sizes import TINY_WORLD
+
+BATCH = 8
+KL_WEIGHT = 3e-4  # a nat in each number of a latent costs as much as this much of the pixels' error
+
+
+class Phase(NamedTuple):
+    """A part of the training, with a learning rate of its own that ends at nothing."""
+
+    steps: int
+    learning_rate: float
+    doodles: float  # share of pictures that are not of the world
+    edges: float  # weight of the error of differences between neighbours
+    decoder_only: bool = False
+
+
+# The first finds codes, the second makes edges sharp. In the third the latents no longer change, and it can take its
+# time: the painter needs none of it.
+PHASES = (
+    Phase(3000, 1.5e-3, doodles=0.5, edges=0.0),
+    Phase(2400, 1.5e-3, doodles=0.4, edges=1.0),
+    Phase(9000, 1.5e-3, doodles=0.4, edges=1.0, decoder_only=True),
+)
+
+
+def as_tensor(pictures: list[Pixels]) -> torch.Tensor:
+    """Pictures [64, 64, 3] of 0 to 255 as the autoencoder's input [B, 3, 64, 64] of -1 to 1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def _batch(rng: random.Random, doodles: float) -> torch.Tensor:
+    pictures = [doodle(rng) if rng.random() < doodles else render(draw_scene(rng), rng) for _ in range(BATCH)]
+    return as_tensor(pictures)
+
+
+def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, phase: Phase, generator: torch.Generator) -> torch.Tensor:
+    """Absolute and squared error of the pixels, absolute error of the differences between neighbours, and the latents'
+    divergence from a standard normal (Kingma and Welling 2014, arXiv:1312.6114, appendix B); all are means over
+    numbers."""
+    with torch.set_grad_enabled(not phase.decoder_only):
+        latents = vae.encode(pixels).latent_dist
+        divergence = 0.5 * (latents.mean.square() + latents.var - 1 - latents.logvar).mean()
+        sample = latents.sample(generator)
+    error = vae.decode(sample).sample - pixels
+    loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * divergence
+    if phase.edges:
+        loss = loss + phase.edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+    return loss
+
+
+@torch.no_grad()
+def _standardize(vae: AutoencoderKL, seed: int) -> float:
+    """Write the mean and the spread of the world's latents to the configuration, as the pipeline undoes them; returns
+    the pictures' mean absolute error."""
+    rng = random.Random(f"latents {seed}")
+    pictures = as_tensor([render(draw_scene(rng), rng) for _ in range(256)])
+    latents = vae.encode(pictures).latent_dist.mean
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
+    return round(0.5 * (vae.decode(latents).sample - pictures).abs().mean().item(), 5)
+
+
+def folder_of(folder: Path, number: int) -> Path:
+    """Where in the work directory the result of phase `number` stands."""
+    return folder / f"vae.{number}"
+
+
+def train_autoencoder(folder: Path, seed: int, number: int, steps: int | None = None) -> float:
+    """Do phase `number` of PHASES, in `steps` steps if given, on what the one before left in the work directory, and
+    write the result there in float16.
+
+    Returns the mean absolute error of the pixels of fresh pictures of the world, where white is 1 and black is 0.
+    """
+    phase = PHASES[number]
+    if number:
+        vae = AutoencoderKL.from_pretrained(folder_of(folder, number - 1), torch_dtype=torch.float32)
+    else:
+        vae = seeded(lambda: make_vae(TINY_WORLD), seed)
+    trained = vae.decoder if phase.decoder_only else vae
+    trainer = Trainer(trained, phase.learning_rate, steps or phase.steps)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = random.Random(f"autoencoder {seed} {number} {step}" if number else f"autoencoder {seed} {step}")
+        return loss_of(vae, _batch(rng, phase.doodles), phase, generator)
+
+    trainer.run(loss_at, f"autoencoder, {number + 1} of {len(PHASES)}")
+    trainer.settle()
+    rounded([vae])
+    error = _standardize(vae, seed)
+    vae.half().save_pretrained(folder_of(folder, number))
+    return error
