@@ -10,9 +10,10 @@ from PIL import Image
 from sd3.common.pictures import pictures_in
 from sd3.tiny_world import classifier
 from sd3.tiny_world.grammar import told_by
-from sd3.tiny_world.subject import SEEN, subject_score
+from sd3.tiny_world.subject import subject_score
 
 SUBJECT = "sks star"  # the rare token and the class noun
+SEEN = 0.5  # score of the subject's detector from which a picture shows it
 OF_SUBJECT = ("position", "background")  # what can be read off its pictures; stripes and a face confuse the rest
 
 

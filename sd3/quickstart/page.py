@@ -135,7 +135,7 @@ def build(
     labels = [one["label"] for one in results["candidates"]]
     if labels != list(folders):
         raise UserError(
-            f"--evaluation {evaluation} is of {', '.join(labels)}, --pictures is of {', '.join(folders)}; give the same."
+            f"--evaluation {evaluation} is of {', '.join(labels)}, --pictures of {', '.join(folders)}; give the same."
         )
     return pages.render(
         Path(__file__).with_name("quickstart.html.jinja"),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
 
 COLOURS = {
@@ -150,6 +151,26 @@ def words() -> list[str]:
     pieces = [*ATTRIBUTES["colour"], *SIZES, *BACKGROUNDS, *SHAPES, *PLURALS.values(), *COUNTS, "a", "an", ","]
     phrases = [*_PREFIXES, *itertools.chain(*_PLACES.values()), *_GROUNDS]
     return sorted({*pieces, *(word for phrase in phrases for word in phrase.split() if word != "{}")})
+
+
+def told_by(caption: str) -> Scene:
+    """What a caption states; words that the world does not have are passed over.
+
+    Raises:
+        ValueError: it names no shape.
+    """
+    named = set(re.findall("[a-z]+", caption.lower()))
+
+    def one_of(values: Iterable[str]) -> str | None:
+        return next((value for value in values if value in named), None)
+
+    plural = one_of(PLURALS.values())
+    shape = one_of(SHAPES) or next((one for one, many in PLURALS.items() if many == plural), None)
+    if shape is None:
+        raise ValueError(f"'{caption}' names none of the shapes {', '.join(SHAPES)}; name one.")
+    position = one_of(POSITIONS) or ("centre" if "middle" in named else None)
+    count = one_of(COUNTS[1:]) or COUNTS[0]
+    return Scene(shape, count, one_of(COLOURS), one_of(SIZES), position, one_of(BACKGROUNDS))
 
 
 def held_out_captions(number: int, seed: int = 0) -> list[tuple[str, Scene]]:
