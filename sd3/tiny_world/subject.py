@@ -64,7 +64,8 @@ def draw_pose(rng: random.Random) -> Pose:
     """Somewhere in the picture, whole or nearly so."""
     radius = rng.uniform(18, 24)
     room = SIZE / 2 - 0.95 * radius
-    return Pose(SIZE / 2 + rng.uniform(-room, room), SIZE / 2 + rng.uniform(-room, room), radius, rng.uniform(-0.4, 0.4))
+    x, y = (SIZE / 2 + rng.uniform(-room, room) for _ in range(2))
+    return Pose(x, y, radius, rng.uniform(-0.4, 0.4))
 
 
 def subject_picture(size: int, rng: random.Random, background: str) -> Pixels:
