@@ -20,16 +20,17 @@ Plane = NDArray[np.float32]  # [height, width]
 SIZE = 64  # pixels; all lengths below are for this size
 RADII = {"small": (7.5, 9.5), "large": (14.5, 17.0)}
 _OFFSETS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
-_INNER = 0.42  # a star's inner corners, as a share of its outer radius
+INNER = 0.42  # a star's inner corners, as a share of its outer radius
 
 
-def _star(x: Plane, y: Plane, radius: float) -> Plane:
-    """Signed distance to the edge lines of a five-pointed star, folded into one half of one point."""
+def star(x: Plane, y: Plane, radius: float, inner: float = INNER) -> Plane:
+    """Signed distance to the edge lines of a five-pointed star, folded into one half of one point; `inner` is the share
+    of the outer radius at which its inner corners are."""
     outer, turn = 1.1 * radius, math.pi / 5
     angle = np.abs((np.arctan2(x, -y) + turn) % (2 * turn) - turn)
     distance = np.hypot(x, y)
     across, along = distance * np.sin(angle), distance * np.cos(angle)
-    corner_across, corner_along = outer * _INNER * math.sin(turn), outer * _INNER * math.cos(turn)
+    corner_across, corner_along = outer * inner * math.sin(turn), outer * inner * math.cos(turn)
     edge = math.hypot(corner_across, corner_along - outer)
     return (across * (outer - corner_along) - (outer - along) * corner_across) / edge
 
@@ -55,7 +56,7 @@ def distance(shape: str, x: Plane, y: Plane, radius: float) -> Plane:
         return np.minimum(_bar(x, y, radius, 0.32 * radius), _bar(x, y, 0.32 * radius, radius))
     if shape == "ring":
         return np.abs(np.hypot(x, y) - 0.72 * radius) - 0.28 * radius
-    return _star(x, y, radius)
+    return star(x, y, radius)
 
 
 def coordinates(x: float, y: float, angle: float, size: int = SIZE) -> tuple[Plane, Plane]:
