@@ -1,4 +1,4 @@
-"""The small world says what it shows: captions fit, pictures are what their captions say, held-out pairs stay unseen."""
+"""The small world: captions fit, pictures are what their captions say, held-out pairs stay unseen."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ class Workshop:
 
     def models(self) -> tuple[AutoencoderKL, reader.Reader]:
         """The autoencoder, whose encoder is finished, and the reader, frozen, in float32."""
-        vae = AutoencoderKL.from_pretrained(autoencoder.folder_of(self.folder, autoencoder.CODED), torch_dtype=torch.float32)
+        coded = autoencoder.folder_of(self.folder, autoencoder.CODED)
+        vae = AutoencoderKL.from_pretrained(coded, torch_dtype=torch.float32)
         return vae.requires_grad_(False).eval(), reader.Reader.load(self.folder)
 
 
