@@ -136,7 +136,8 @@ def _positive(text: str) -> int:
     return number
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options; raises UserError."""
     parser = Parser(description="Train the tiny SD3 from nothing, on the CPU.")
     parser.add_argument("--output", type=Path, required=True, help="pipeline directory to make")
     parser.add_argument("--work", type=Path, help="directory for what is half made (default: OUTPUT with .work)")
@@ -154,14 +155,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, int | None]:
+    """The options that the result depends on."""
+    return {name: getattr(options, name) for name in ("seed", "steps", "autoencoder_steps", "reader_steps", "pictures")}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     started = time.monotonic()
     try:
-        options = _options(arguments)
-        settings = {
-            name: getattr(options, name) for name in ("seed", "steps", "autoencoder_steps", "reader_steps", "pictures")
-        }
+        options = options_of(arguments)
+        settings = settings_of(options)
         work = options.work or options.output.with_name(options.output.name + ".work")
         if options.output.exists():
             raise UserError(f"--output={options.output} exists; name a new directory.")
