@@ -139,9 +139,7 @@ def test_the_trainer_goes_on_in_the_same_bits(tmp_path: Path) -> None:
             trainer = Trainer(model, 0.1, 12)
             if (tmp_path / "kept.safetensors").exists():
                 trainer.load(tmp_path / "kept.safetensors")
-            trainer.run(
-                lambda step, model=model: model(torch.full((1, 3), float(step))).square().mean(), "test", until
-            )
+            trainer.run(lambda step, model=model: model(torch.full((1, 3), float(step))).square().mean(), "test", until)
             trainer.save(tmp_path / "kept.safetensors")
         (tmp_path / "kept.safetensors").unlink()
         return trainer.weights | {f"average {name}": tensor for name, tensor in trainer.average.items()}
