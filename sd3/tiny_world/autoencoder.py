@@ -30,13 +30,15 @@ class Phase(NamedTuple):
     decoder_only: bool = False
 
 
-# The first finds codes, the second makes edges sharp. In the third the latents no longer change, and it can take its
+# The first finds codes, the next two make edges sharp. In the last the latents no longer change, and it can take its
 # time: the painter needs none of it.
 PHASES = (
     Phase(3000, 1.5e-3, doodles=0.5, edges=0.0),
     Phase(2400, 1.5e-3, doodles=0.4, edges=1.0),
+    Phase(3200, 2.0e-3, doodles=0.3, edges=1.0),
     Phase(9000, 1.5e-3, doodles=0.4, edges=1.0, decoder_only=True),
 )
+CODED = max(number for number, phase in enumerate(PHASES) if not phase.decoder_only)  # the latents are final then
 
 
 def as_tensor(pictures: list[Pixels]) -> torch.Tensor:
