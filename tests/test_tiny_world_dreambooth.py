@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import SD3Transformer2DModel
 
 from launching import DDP, LORA, PROJECT, environment
 from patching import free_port
@@ -96,3 +93,21 @@ def result_of(run: Path, kind: str) -> Result:
     if kind == "lora":
         pipeline.load_lora_weights(str(run), weight_name="pytorch_lora_weights.safetensors")
     return judged(pipeline)
+
+
+ENGINES = [pytest.param("diffusers", marks=[pytest.mark.upstream, pytest.mark.long]), "native"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_subject_is_learned_and_the_world_is_kept(
+    tmp_path: Path, request: pytest.FixtureRequest, before: Result, subject_dir: Path, kind: str, engine: str
+) -> None:
+    if engine == "diffusers":
+        request.getfixturevalue("upstream_checkout")
+    after = result_of(taught(tmp_path, subject_dir, kind, engine), kind)
+    print(kind, engine, before, after)
+    assert before.subject == 0
+    assert after.subject >= 0.8
+    assert after.score >= before.score + 0.5
+    assert after.others >= before.others - 0.15
