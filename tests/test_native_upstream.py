@@ -1,4 +1,4 @@
-"""Both engines side by side on the tiny model: the same losses from the same draws, the same curves from different ones.
+"""Both engines side by side on the tiny model: the same losses from the same draws, like curves from different ones.
 
 First the patched script is given the draws, the order and the initial LoRA of this engine, and each step's loss must be
 this engine's. Then each engine draws for itself, and their loss curves over several seeds are compared by a statistic.
@@ -196,7 +196,7 @@ def no_shift_factor() -> None:
 
 
 def swapped_captions() -> None:
-    """Each picture of a batch has its neighbour's. (Were it always the other colour's, that could be learned as well.)"""
+    """Each picture of a batch has its neighbour's. (Always the other colour's could be learned as well as its own.)"""
     plain = Loader._collate
 
     def collate(self: Loader, batch: Any) -> Any:
