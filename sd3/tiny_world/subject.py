@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sd3.tiny_world.classifier import background_of, groups, pixels_of
-from sd3.tiny_world.grammar import BACKGROUNDS
+from sd3.tiny_world.grammar import BACKGROUNDS, COLOURS
 from sd3.tiny_world.render import SIZE, Pixels, Plane, coordinates, distance, paint, star
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 _INK = (25, 20, 30)
 # Lengths are shares of the figure's radius.
-_HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.42, 0.085, 0.16, 0.09, 0.22, 0.05
+_HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.48, 0.1, 0.19, 0.09, 0.25, 0.065
 _PLUMP = 0.56  # plumper than the world's stars, so that there is room for stripes
 _AREA = 5 * 1.1**2 * _PLUMP * math.sin(math.pi / 5)  # of a star of radius 1
 _UNLIKE = 48.0  # distance in RGB from the background, from which a pixel is not it
@@ -49,7 +50,7 @@ class Figure(NamedTuple):
 
     shape: str = "star"
     colours: tuple[Colour, Colour] = ((250, 215, 40), (130, 50, 170))  # of the stripes
-    period: float = 0.45  # of the stripes
+    period: float = 0.6  # of the stripes
     turn: float = 0.0  # of the stripes, in radians
     face: Colour | None = (250, 240, 220)
 
@@ -90,10 +91,22 @@ def draw_figure(picture: Pixels, pose: Pose, figure: Figure = SUBJECT) -> Pixels
 
 def draw_pose(rng: random.Random) -> Pose:
     """Somewhere in the picture, whole or nearly so."""
-    radius = rng.uniform(18, 24)
+    radius = rng.uniform(18, 23)
     room = SIZE / 2 - 0.95 * radius
     x, y = (SIZE / 2 + rng.uniform(-room, room) for _ in range(2))
     return Pose(x, y, radius, rng.uniform(-0.4, 0.4))
+
+
+def draw_any_figure(rng: random.Random, shapes: Sequence[str]) -> Figure:
+    """A figure of one of the shapes, striped, most with a face."""
+
+    def colour() -> Colour:
+        if rng.random() < 0.5:
+            return rng.choice([*COLOURS.values(), *BACKGROUNDS.values()])
+        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+    face = (rng.randrange(180, 256), rng.randrange(180, 256), rng.randrange(160, 256)) if rng.random() < 0.7 else None
+    return Figure(rng.choice(list(shapes)), (colour(), colour()), rng.uniform(0.4, 0.8), rng.uniform(0, math.pi), face)
 
 
 def ground(background: str, size: int = SIZE) -> Pixels:
