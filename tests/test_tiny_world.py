@@ -18,7 +18,7 @@ from sd3.tiny_world import grammar
 from sd3.tiny_world.classifier import read, right
 from sd3.tiny_world.grammar import COLOURS, HELD_OUT_COLOURS, HELD_OUT_POSITIONS, SHAPES, Scene, draw_scene
 from sd3.tiny_world.render import SIZE, render, to_image
-from sd3.tiny_world.subject import draw_pose, draw_subject, subject_picture, subject_score
+from sd3.tiny_world.subject import draw_figure, draw_pose, subject_picture, subject_score
 
 
 def scenes(number: int, seed: int = 0) -> list[tuple[Scene, Image.Image]]:
@@ -155,7 +155,7 @@ def test_the_detector_wants_stripes_and_a_face() -> None:
     """The subject in grey, and the subject with its colours the other way round, are not the subject."""
     rng = random.Random(1)
     background = np.full((SIZE, SIZE, 3), 244, np.float32)
-    whole = draw_subject(background, draw_pose(rng))
+    whole = draw_figure(background, draw_pose(rng))
     assert subject_score(to_image(whole)) > 0.85
     star = np.abs(whole - background).sum(-1) > 60
     negative = np.where(star[..., None], 255 - whole, whole)
