@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Accelerator(types.SimpleNamespace):
     """Two ranks; the other one's losses are 1 higher."""
 
-    num_processes, is_local_main_process = 2, True
+    num_processes, is_local_main_process, mixed_precision = 2, True, "bf16"
 
     def reduce(self, losses: torch.Tensor, how: str) -> torch.Tensor:
         assert how == "mean"
@@ -133,21 +134,40 @@ def made(device: str, first: int = 0) -> tuple[Metrics, Board, OtherTracker]:
     return Metrics(Accelerator(trackers=list(trackers)), 8, work, device, first, 10), *trackers
 
 
+def scalars(*values: float) -> tuple[torch.Tensor, ...]:
+    return tuple(map(torch.tensor, values))
+
+
+@pytest.mark.parametrize(("precision", "norm"), [("bf16", math.inf), ("fp16", 0.0)])
+def test_an_overflow_is_told_and_in_fp16_no_fault(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str, norm: float
+) -> None:
+    monkeypatch.setattr(Accelerator, "mixed_precision", precision)
+    metrics, *_ = made("CPU")
+    for step, found in enumerate((1.0, math.inf, math.nan), start=1):
+        metrics.add(step, 0, *scalars(0.5, found), 1e-3)
+    clock.now += 1
+    assert metrics.read()[1].gradient_norm == norm
+    assert ("2 of the last 3 steps were skipped" in caplog.text) == (precision == "fp16")
+    metrics.close()
+
+
 def test_a_reading_covers_the_steps_since_the_one_before(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     metrics, board, other = made("NVIDIA A100-SXM4-80GB", first=3)
     assert metrics.read() == []
-    metrics.add(4, 24, torch.tensor(0.5), 1e-3)
-    metrics.add(5, 32, torch.tensor(1.5), 2e-3)
+    metrics.add(4, 24, *scalars(0.5, 3.0), 1e-3)
+    metrics.add(5, 32, *scalars(1.5, 3.0), 2e-3)
     clock.now += 8  # 4 s a step, 2 pictures a second
-    assert metrics.read() == [Reading(4, 24, 1.0), Reading(5, 32, 2.0)]
+    assert metrics.read() == [Reading(4, 24, 1.0, 3.5), Reading(5, 32, 2.0, 3.5)]
     # 2 pictures a second of 39 TFLOP each on two devices of 312 TFLOP a second.
     values = {"lr": 1e-3, "images": 8, "images_per_second": 2.0, "utilization": pytest.approx(0.125)}
+    values |= {"gradient_norm": 3.5}
     assert other.told == [(values | {"loss": 1.0}, 4), (values | {"loss": 2.0, "lr": 2e-3}, 5)]
     assert ("loss", 1.0, 4, 104.0) in board.told and ("loss", 2.0, 5, 108.0) in board.told
     assert {name for name, *_ in board.told} == set(values) | {"loss"} and board.flushed == 2
-    metrics.add(6, 40, torch.tensor(2.5), 3e-3)
+    metrics.add(6, 40, *scalars(2.5, 3.0), 3e-3)
     clock.now += 2
-    assert metrics.read() == [Reading(6, 40, 3.0)]
+    assert metrics.read() == [Reading(6, 40, 3.0, 3.5)]
     assert other.told[-1][0]["images_per_second"] == 4.0
     metrics.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if "loss=" in line]
@@ -160,7 +180,7 @@ def test_pauses_do_not_count(clock: Clock) -> None:
     metrics, board, _ = made("CPU")
     with metrics.paused():
         clock.now += 1000
-    metrics.add(1, 0, torch.tensor(0.0), 1e-3)
+    metrics.add(1, 0, *scalars(0.0, 3.0), 1e-3)
     clock.now += 4
     with pytest.raises(RuntimeError), metrics.paused():
         clock.now += 50
@@ -172,11 +192,11 @@ def test_pauses_do_not_count(clock: Clock) -> None:
 
 def test_a_device_without_a_peak_has_no_utilization(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     metrics, _, other = made("CPU")
-    metrics.add(1, 0, torch.tensor(0.0), 1e-3)
+    metrics.add(1, 0, *scalars(0.0, 3.0), 1e-3)
     clock.now += 1
     metrics.read()
     metrics.close()
-    assert set(other.told[0][0]) == {"loss", "lr", "images", "images_per_second"}
+    assert set(other.told[0][0]) == {"loss", "gradient_norm", "lr", "images", "images_per_second"}
     assert "utilization=n/a" in capsys.readouterr().err
 
 
@@ -185,7 +205,7 @@ def test_other_ranks_show_no_progress(
 ) -> None:
     monkeypatch.setattr(Accelerator, "is_local_main_process", False)
     metrics, *_ = made("CPU")
-    metrics.add(1, 0, torch.tensor(0.0), 1e-3)
+    metrics.add(1, 0, *scalars(0.0, 3.0), 1e-3)
     clock.now += 1
     assert len(metrics.read()) == 1
     metrics.close()

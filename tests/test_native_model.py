@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -280,6 +281,25 @@ def test_a_variants_result_loads_without_it(tiny_model: Path, tmp_path: Path) ->
         weights = getattr(before, name).state_dict()
         for key, value in getattr(pipeline, name).state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-6)
+
+
+def test_a_result_that_is_replaced_half_is_no_pipeline(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between two parts must not leave parts of two results under an index that says they are one."""
+    made = trained(tiny_model, "full")
+    write_result(made, tiny_model, tmp_path, torch.float32)
+    true_replace, calls = os.replace, iter(range(1, 100))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        true_replace(source, target)
+
+    monkeypatch.setattr("sd3.native.outputs.os.replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_result(made, tiny_model, tmp_path, torch.float32)
+    assert not (tmp_path / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

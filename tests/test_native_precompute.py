@@ -261,6 +261,27 @@ def test_what_is_no_entry_is_not_executed_and_computed_again(
         assert (tmp_path / "mark").exists()  # it would have shown
 
 
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda mean: {"mean": mean}, "it holds mean, expected mean, logvar"),
+        (lambda mean: {"mean": mean[:, :2], "logvar": mean}, "mean has shape"),
+        (lambda mean: {"mean": mean / 0, "logvar": mean}, "mean is not finite"),
+    ],
+)
+def test_an_entry_of_other_tensors_is_computed_again(
+    spoilt: tuple[Path, list[str]], whole: tuple[Path, list[str]], tiny_model: Path, files: list[Path],
+    caplog: pytest.LogCaptureFixture, fault: Callable[[torch.Tensor], dict], says: str,
+) -> None:  # fmt: skip
+    """It is a safetensors file, and not what a run of this resolution can be trained on."""
+    folder, keys = spoilt
+    file = Cache(folder).file(keys[0])
+    save_file({name: value.contiguous() for name, value in fault(load_file(file)["mean"]).items()}, file)
+    fill(folder, tiny_model, files)
+    assert says in caplog.text
+    assert entries(folder) == entries(whole[0])
+
+
 class Interrupted(BaseException):
     """As a signal's handler raises."""
 

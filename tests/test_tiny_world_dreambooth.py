@@ -43,10 +43,14 @@ def judged(pipeline: object) -> Result:
     """Paint and read the pictures."""
     subject = measure.paint(pipeline, OF_SUBJECT, seed=1)
     scores = [subject_score(picture) for picture in subject]
-    background = [right(picture, told_by(text))["background"] for picture, text in zip(subject, OF_SUBJECT, strict=True)]
+    background = [
+        right(picture, told_by(text))["background"] for picture, text in zip(subject, OF_SUBJECT, strict=True)
+    ]
     captions = held_out_captions(24, seed=5)
     pictures = measure.paint(pipeline, [caption for caption, _ in captions], seed=2)
-    shown = [hit for picture, (_, told) in zip(pictures, captions, strict=True) for hit in right(picture, told).values()]
+    shown = [
+        hit for picture, (_, told) in zip(pictures, captions, strict=True) for hit in right(picture, told).values()
+    ]
     stars = [subject_score(picture) for picture in measure.paint(pipeline, OF_CLASS, seed=3)]
     return Result(
         sum(score >= SEEN for score in scores) / len(scores), sum(scores) / len(scores),
