@@ -62,7 +62,7 @@ def _batch(rng: random.Random, phase: Phase) -> tuple[torch.Tensor, torch.Tensor
         if chance < phase.doodles:
             pictures.append(doodle(rng))
         elif of_world[-1]:
-            pictures.append(render(draw_scene(rng), rng))
+            pictures.append(render(draw_scene(rng), rng, loose=True))
         else:
             figure = draw_any_figure(rng, _FIGURES)
             pictures.append(draw_figure(ground(rng.choice(list(BACKGROUNDS))), draw_pose(rng), figure))
@@ -95,7 +95,7 @@ def _measured(vae: AutoencoderKL, seed: int, standardize: bool) -> float:
     """The mean absolute error of pictures of the world. `standardize`: write the mean and the spread of their latents
     to the configuration, as the pipeline undoes them."""
     rng = random.Random(f"latents {seed}")
-    pictures = as_tensor([render(draw_scene(rng), rng) for _ in range(256)])
+    pictures = as_tensor([render(draw_scene(rng), rng, loose=True) for _ in range(256)])
     latents = vae.encode(pictures).latent_dist.mean
     if standardize:
         vae.register_to_config(
