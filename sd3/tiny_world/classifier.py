@@ -22,8 +22,8 @@ _UNLIKE = 48.0  # distance in RGB from the background, of 441, from which a pixe
 _LEAST_AREA = 40  # pixels; smaller groups are flaws of painting, not shapes
 _MOST_AREA = 1400  # pixels; larger ones are no shape of the world
 _LEAST_LIKENESS = 0.6  # intersection over union with the best shape; below, it is none
-_LARGE = 12.0  # pixels of radius
-_OFF_CENTRE = 7.0  # pixels
+_LARGE = 14.2  # pixels of radius
+_OFF_CENTRE = 6.0  # pixels
 # Area of each shape at radius 1, from its definition in render.py.
 _AREAS = {
     "circle": math.pi, "square": 1.7**2, "triangle": 0.75 * math.sqrt(3) * 1.1**2, "cross": 4 * 0.64 - 0.64**2,
