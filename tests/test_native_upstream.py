@@ -7,6 +7,7 @@ Both comparisons must reject this engine with a fault put in.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -36,7 +37,7 @@ from sd3.native.step import Batch, Draws, FlowMatching, draw
 from sd3.native.stream import Stream
 
 pytestmark = [pytest.mark.upstream, pytest.mark.long]
-STEPS, BATCH, RATE = 50, 8, 1e-3
+STEPS, BATCH, PICTURES, RATE = 50, 8, 8, 1e-3
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CAPTIONS = ("red", "something blue and dark, seen from afar")
 
@@ -52,9 +53,12 @@ SEEDS, BLOCK, LIMIT = 6, 10, 6.0
 
 @pytest.fixture(scope="module", autouse=True)
 def _script(upstream_state: str) -> None:
-    """Made once, not in each fork."""
+    """Made and imported once, with what it imports, not in each fork."""
     if not upstream_state:
-        scripts_without(None)
+        for kind in SCRIPTS:
+            script(kind)
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed")  # as accelerate does in a run
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +81,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     import datasets
 
     folder = tmp_path_factory.mktemp("pictures")
-    colours = [((240 - 4 * number, 20, 30), (10, 20 + 4 * number, 200))[number % 2] for number in range(8)]
+    colours = [((240 - 4 * number, 20, 30), (10, 20 + 4 * number, 200))[number % 2] for number in range(PICTURES)]
     pictures = []
     for colour in colours:
         content = io.BytesIO()
         Image.new("RGB", (64, 64), colour).save(content, "PNG")
         pictures.append({"bytes": content.getvalue(), "path": None})
-    rows = {"image": pictures, "text": [CAPTIONS[number % 2] for number in range(8)]}
+    rows = {"image": pictures, "text": [CAPTIONS[number % 2] for number in range(PICTURES)]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "set" / "train.parquet")
     return [f"--dataset_name={folder / 'set'}", "--caption_column=text", f"--cache_dir={folder / 'cache'}"]
@@ -103,6 +107,15 @@ def settings(kind: str, seed: int) -> list[str]:
 # ---- the two engines
 
 
+def script(kind: str) -> types.ModuleType:
+    """The patched script, imported anew."""
+    spec = importlib.util.spec_from_file_location("upstream_script", scripts_without(None) / SCRIPTS[kind])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 class Upstream:
     """Runs the patched script in a fork; `change` may put its own hand in first."""
 
@@ -110,11 +123,7 @@ class Upstream:
         self.change = change
 
     def __call__(self, kind: str, line: list[str]) -> int:
-        script = scripts_without(None) / SCRIPTS[kind]
-        spec = importlib.util.spec_from_file_location("upstream_script", script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = script(kind)
         module.args = module.parse_args([one for one in line if not one.startswith("--precompute_dir=")])
         if self.change is not None:
             self.change(module)
@@ -125,7 +134,7 @@ class Upstream:
 def curve(kind: str, output: Path, model: Path, data: list[str], *arguments: str, **how: Any) -> list[float]:
     """The losses of a run."""
     process = native_runs.forked(kind, output, model, data, *arguments, **how)
-    assert native_runs.finished(process, 300) == 0, native_runs.log_of(output).read_text()
+    assert native_runs.finished(process, 600) == 0, native_runs.log_of(output).read_text()
     found = native_runs.losses(output)
     assert sorted(found) == list(range(1, STEPS + 1))
     return [found[step] for step in range(1, STEPS + 1)]
@@ -159,14 +168,14 @@ class NativeDraws:
         seed, all_draws = self.given.seed, list(self.draws())
         sampling, noise = iter([one.sampling for one in all_draws]), iter([one.noise for one in all_draws])
         indices = iter([one.indices for one in all_draws])
+        stream = Stream(seed, PICTURES, BATCH, 1, 1)
+        order = torch.tensor([stream.sample(position) for position in range(STEPS * BATCH)]).view(-1, PICTURES)
         plain_permutation, plain_noise = torch.randperm, torch.randn_like
 
         def permutation(length: int, *, generator: torch.Generator | None = None, **keywords: Any) -> torch.Tensor:
             if generator is None:
                 return plain_permutation(length, **keywords)
-            epoch = generator.initial_seed() - seed  # it is seeded anew for each
-            stream = Stream(seed, length, BATCH, 1, 1)
-            return torch.tensor([stream.sample(epoch * length + place) for place in range(length)])
+            return order[generator.initial_seed() - seed]  # it is seeded anew for each epoch
 
         torch.randperm = permutation
         torch.randn_like = lambda one, *rest, **more: next(noise) if one.ndim == 4 else plain_noise(one, *rest, **more)
@@ -301,7 +310,7 @@ def test_a_lora_of_either_engine_loads_in_the_other(
 
     def run(name: str, *more: str, **how: Any) -> Path:
         process = native_runs.forked("lora", tmp_path / name, model, data, *flags, *more, **how)
-        assert native_runs.finished(process, 120) == 0, native_runs.log_of(tmp_path / name).read_text()
+        assert native_runs.finished(process, 600) == 0, native_runs.log_of(tmp_path / name).read_text()
         return tmp_path / name / LORA_FILE
 
     native, upstream = run("native"), run("upstream", "--checkpointing_steps=2", entry=Upstream())
