@@ -19,7 +19,7 @@ Plane = NDArray[np.float32]  # [height, width]
 
 SIZE = 64  # pixels; all lengths below are for this size
 RADII = {"small": (7.5, 9.5), "large": (14.5, 17.0)}
-_OFFSETS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
+OFFSETS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
 INNER = 0.42  # a star's inner corners, as a share of its outer radius
 
 
@@ -77,16 +77,17 @@ def paint(picture: Pixels, cover: Plane, colour: tuple[int, int, int] | Pixels) 
     return picture + cover[..., None] * (np.asarray(colour, np.float32) - picture)
 
 
-def _jittered(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+def jittered(colour: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+    """The colour or one much like it."""
     red, green, blue = (min(255, max(0, value + rng.randint(-8, 8))) for value in colour)
     return red, green, blue
 
 
-def _places(scene: Scene, radius: float, rng: random.Random) -> list[tuple[float, float]]:
+def places(scene: Scene, radius: float, rng: random.Random) -> list[tuple[float, float]]:
     """Centres of the shapes; several keep clear of each other and of the edge."""
     middle = SIZE / 2
     if scene.count == "one":
-        across, down = _OFFSETS[scene.position or "centre"]
+        across, down = OFFSETS[scene.position or "centre"]
         far = (14.5 if scene.size == "small" else 12.0) + rng.uniform(-1, 2)
         return [(middle + across * far + rng.uniform(-2, 2), middle + down * far + rng.uniform(-2, 2))]
     number = {"two": 2, "three": 3}[scene.count]
@@ -100,11 +101,11 @@ def _places(scene: Scene, radius: float, rng: random.Random) -> list[tuple[float
 
 def render(scene: Scene, rng: random.Random) -> Pixels:
     """A picture [64, 64, 3] of a scene with nothing left open; place, size, turn and colours vary a little."""
-    background = np.asarray(_jittered(BACKGROUNDS[scene.background or ""], rng), np.float32)
+    background = np.asarray(jittered(BACKGROUNDS[scene.background or ""], rng), np.float32)
     picture = np.broadcast_to(background, (SIZE, SIZE, 3)).astype(np.float32)
-    colour = _jittered(COLOURS[scene.colour or ""], rng)
+    colour = jittered(COLOURS[scene.colour or ""], rng)
     radius = rng.uniform(*RADII[scene.size or ""])
-    for x, y in _places(scene, radius, rng):
+    for x, y in places(scene, radius, rng):
         angle = rng.uniform(-0.12, 0.12)
         picture = paint(picture, coverage(scene.shape, x, y, radius, angle), colour)
     return picture
