@@ -155,14 +155,13 @@ def draw_facts(rng: random.Random) -> Facts:
     """What a picture for training shows; half of them are as plain as the painter's world."""
     while True:
         count = rng.choices(COUNTS, (7, 2, 2))[0]
-        one = count == "one"
         wide = rng.random() < 0.5
         fill = rng.choice(FILLS) if wide else "plain"
         colour, second = rng.sample(list(COLOURS), 2)
         facts = _settled(
             Facts(
                 rng.choice(SHAPES), count, fill, colour, second, "yes" if wide and rng.random() < 0.6 else "no",
-                rng.choice(grammar.SIZES) if one else "small", rng.choice(grammar.POSITIONS), rng.choice(list(BACKGROUNDS)),
+                rng.choice(grammar.SIZES), rng.choice(grammar.POSITIONS), rng.choice(list(BACKGROUNDS)),
             )
         )  # fmt: skip
         if not is_left_out(facts):
@@ -270,20 +269,17 @@ def altered(figure: Figure, rng: random.Random) -> Figure:
     """The figure with one other shape, pattern or colour, or with a face put on or off."""
     while True:
         other = draw_look(rng)
-        name = rng.choice(("shape", "fill", "colours", "second", "face"))
-        if name == "second":
-            other, name = replace(other, colours=(figure.colours[0], other.colours[1])), "colours"
-            seen = 1
+        change = rng.choice(("shape", "fill", "first", "second", "face"))
+        if change == "first":
+            new = replace(figure, colours=(other.colours[0], figure.colours[1]))
+            seen = _apart(figure.colours[0], new.colours[0])
+        elif change == "second":
+            new = replace(figure, colours=(figure.colours[0], other.colours[1]))
+            seen = figure.fill != "plain" and _apart(figure.colours[1], new.colours[1])
         else:
-            seen = 0
-        new = replace(figure, **{name: getattr(other, name)})
-        if name == "colours":
-            told_apart = _apart(figure.colours[seen], new.colours[seen]) and (seen == 0 or new.fill != "plain")
-        elif name == "face":
-            told_apart = (figure.face is None) != (new.face is None)
-        else:
-            told_apart = new != figure
-        if told_apart and _is_new(new):
+            new = replace(figure, **{change: getattr(other, change)})
+            seen = (figure.face is None) != (new.face is None) if change == "face" else new != figure
+        if seen and _is_new(new):
             return new
 
 
