@@ -92,15 +92,17 @@ def forked(
     data: list[str],
     *arguments: str,
     before: Callable[[], None] | None = None,
+    entry: Callable[[str, list[str]], int] | None = None,
     rank: int = 0,
     ranks: int = 1,
     port: int = 0,
 ) -> multiprocessing.Process:
     """Start one rank of a run in a fork of this process, which spares it the imports; its output goes to a log.
 
-    `before` is called in the fork ahead of the run: to break something, or to have it killed.
+    `before` is called in the fork ahead of the run: to break something, or to have it killed. `entry` is called with
+    kind and command line instead of this engine's `main`.
     """
-    import sd3.native.loop  # noqa: F401  # imported here once, not in each fork
+    import sd3.native.loop  # here, once, and not in each fork
 
     line = [*flags(output, model, "no"), *data, *arguments]
     environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -109,7 +111,7 @@ def forked(
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     output.parent.mkdir(parents=True, exist_ok=True)
     process = multiprocessing.get_context("fork").Process(
-        target=_forked, args=(kind, line, log_of(output, rank), environment, before)
+        target=_forked, args=(kind, line, log_of(output, rank), environment, before, entry or sd3.native.loop.main)
     )
     process.start()
     return process
@@ -127,10 +129,9 @@ def log_of(output: Path, rank: int = 0) -> Path:
 
 
 def _forked(
-    kind: str, line: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None
-) -> None:
-    from sd3.native.loop import main
-
+    kind: str, line: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None,
+    entry: Callable[[str, list[str]], int],
+) -> None:  # fmt: skip
     os.environ.update(environment)
     sys.stdout = sys.stderr = log.open("a", buffering=1)  # pytest's own are not descriptors 1 and 2
     for descriptor in (1, 2):
@@ -141,7 +142,7 @@ def _forked(
         before()
     status = 1
     try:
-        status = main(kind, line)
+        status = entry(kind, line)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import native_runs
 
@@ -124,6 +125,40 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_checkpoint(
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     on = native_runs.forked(*run, "--continue_on_nonfinite", before=LossAt(4, float("nan")))
     assert native_runs.finished(on) == 0
+
+
+class GradientAt:
+    """Makes the gradient of a step infinite, the loss being as it should."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self) -> None:
+        import accelerate
+
+        true_backward, calls = accelerate.Accelerator.backward, iter(range(1, 1000))
+
+        def backward(self_: accelerate.Accelerator, loss: torch.Tensor) -> None:
+            true_backward(self_, loss)
+            if next(calls) == self.step:
+                for model in self_._models:
+                    next(p.grad for p in model.parameters() if p.grad is not None).fill_(float("inf"))
+
+        accelerate.Accelerator.backward = backward
+
+
+def test_a_gradient_that_is_not_finite_stops_before_such_weights_reach_a_checkpoint(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = arguments(
+        output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=6", "--checkpointing_steps=2", "--log_every=50"
+    )
+    assert native_runs.finished(native_runs.forked(*run, before=GradientAt(4))) == 1
+    log = native_runs.log_of(output).read_text()
+    assert "the gradient's norm of step 4 is" in log
+    assert f"The last good checkpoint: {output / 'checkpoint-2'}" in log
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def no_room() -> None:

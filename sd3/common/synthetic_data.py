@@ -170,7 +170,7 @@ DEFAULT_SIZES = {"dog": 96, "pokemon": 96, "subject": 64}
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Draw a small data set: a dog, captioned creatures, or a striped star.")
+    parser = argparse.ArgumentParser(description="Draw a small data set: dogs, captioned creatures, a striped star.")
     parser.add_argument("--kind", choices=sorted(MAKERS), required=True, help="what to draw")
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
     parser.add_argument("--images", type=int, help="how many pictures (default: 5, or 8 creatures)")

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import platform
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -191,7 +192,8 @@ def _model(folder: Path, size_name: str) -> Path:
     model = folder / f"model-{size_name}"
     try:
         if not model.exists():
-            make_tiny_sd3(model, size=size_name, half=True)
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is the table's; libraries speak up here
+                make_tiny_sd3(model, size=size_name, half=True)
         found = size_of({part.name: part for part in model.iterdir()})
     except (OSError, KeyError) as error:
         raise UserError(f"--keep: {model} cannot be made or read ({error}); name another directory.") from None

@@ -129,6 +129,8 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         logger.warning("%s holds no complete checkpoint; starting anew.", options.output_dir)
     if accelerator.is_main_process:
         checkpoint_files.clear_leftovers(Path(options.output_dir), newer_than=done)
+        for moved in checkpoint_files.set_aside(Path(options.output_dir), newer_than=done):
+            logger.warning("The run starts behind a checkpoint that was there; it is now %s.", moved)
         accelerator.init_trackers("dreambooth-sd3-lora" if kind == "lora" else "dreambooth-sd3", public(options))
 
     vae = AutoencoderKL.load_config(model_folder / "vae")
@@ -151,9 +153,9 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         stopper.ask()
         rate = schedule.get_last_lr()[0]
         with profile.step(step - done):
-            loss = optimize(options, seed, accelerator, model, optimizer, flow, batches)
+            loss, norm = optimize(options, seed, accelerator, model, optimizer, flow, batches)
         schedule.step()
-        metrics.add(step, position, loss, rate)
+        metrics.add(step, position, loss, norm, rate)
         position += stream.samples_a_step
 
         signal = stopper.answer()
@@ -192,9 +194,9 @@ def agreed_seed(options: argparse.Namespace) -> int:
 def optimize(
     options: argparse.Namespace, seed: int, accelerator: Accelerator, model: torch.nn.Module,
     optimizer: torch.optim.Optimizer, flow: FlowMatching, batches: Iterator[Batch],
-) -> torch.Tensor:  # fmt: skip
-    """One optimizer step over its batches; returns their mean loss, a scalar on the device."""
-    losses = []
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One optimizer step over its batches; returns their mean loss and the gradient's norm, scalars on the device."""
+    losses, norm = [], None
     for _ in range(options.gradient_accumulation_steps):
         batch = next(batches)
         seed_everything(seed_of(seed, "dropout", batch.positions[0]))
@@ -203,28 +205,33 @@ def optimize(
             accelerator.backward(loss)
             # DeepSpeed clips by its own configuration.
             if accelerator.sync_gradients and accelerator.distributed_type != DistributedType.DEEPSPEED:
-                accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-    return torch.stack(losses).mean()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = model.get_global_grad_norm()
+    return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
 
 
 def check(
     options: argparse.Namespace, readings: Sequence[Reading], items: Items, stream: Stream, checkpoints: Checkpoints
 ) -> None:
-    """Stop where a loss is not finite, before such weights reach a checkpoint.
+    """Stop where a loss or a gradient is not finite, before such weights reach a checkpoint.
 
     Raises:
         UserError: as said, with the step, its pictures and the last good checkpoint.
     """
-    bad = next((one for one in readings if not math.isfinite(one.loss)), None)
+    bad = next((one for one in readings if not math.isfinite(one.loss + one.gradient_norm)), None)
     if bad is None or options.continue_on_nonfinite:
         return
     names = names_at(items, stream, range(bad.position, bad.position + stream.samples_a_step))
+    what = f"loss of step {bad.step} is {bad.loss}"
+    if math.isfinite(bad.loss):
+        what = f"gradient's norm of step {bad.step} is {bad.gradient_norm}"
     raise UserError(
-        f"the loss of step {bad.step} is {bad.loss} (pictures: {', '.join(dict.fromkeys(names))}); lower "
-        f"--learning_rate or look at these pictures. The last good checkpoint: {checkpoints.last()}.", 1,
+        f"the {what} (pictures: {', '.join(dict.fromkeys(names))}); lower --learning_rate or look at these pictures. "
+        f"The last good checkpoint: {checkpoints.last()}.", 1,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
+from sd3.common.command_line import UserError
 from sd3.native.options import block_numbers
 from sd3.native.text import ENCODERS, TextEncoders, load_encoders
 
@@ -128,17 +129,34 @@ def trainable(part: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def add_lora(part: torch.nn.Module, options: argparse.Namespace, name: str) -> None:
-    """Add low-rank matrices (Hu et al. 2021, arXiv:2106.09685) to a part's projections, trained in float32."""
-    targets = list(CLIP_TARGETS)
-    if name == "transformer":
-        targets = [one.strip() for one in options.lora_layers.split(",")] if options.lora_layers else list(LORA_TARGETS)
-        if options.lora_blocks:
-            blocks = [int(block) for block in options.lora_blocks.split(",")]
-            targets = [f"transformer_blocks.{block}.{target}" for block in blocks for target in targets]
+    """Add low-rank matrices (Hu et al. 2021, arXiv:2106.09685) to a part's projections, trained in float32.
+
+    Raises:
+        UserError: the transformer has not the blocks or layers that were asked for.
+    """
+    targets = transformer_targets(options, part) if name == "transformer" else list(CLIP_TARGETS)
     part.add_adapter(
         LoraConfig(r=options.rank, lora_alpha=options.rank, init_lora_weights="gaussian", target_modules=targets)
     )
     cast_training_params([part], dtype=torch.float32)
+
+
+def transformer_targets(options: argparse.Namespace, transformer: torch.nn.Module) -> list[str]:
+    """Ends of the names of the transformer's modules that get low-rank matrices; raises as `add_lora` does."""
+    layers = [one.strip() for one in options.lora_layers.split(",")] if options.lora_layers else list(LORA_TARGETS)
+    modules = [name for name, _ in transformer.named_modules()]
+    if absent := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in modules)]:
+        raise UserError(
+            f"--lora_layers={options.lora_layers}: no block has {', '.join(absent)}; give names such as attn.to_k."
+        )
+    if not options.lora_blocks:
+        return layers
+    blocks, count = [int(block) for block in options.lora_blocks.split(",")], len(transformer.transformer_blocks)
+    if max(blocks) >= count:
+        raise UserError(
+            f"--lora_blocks={options.lora_blocks}: the transformer has the blocks 0 to {count - 1}; name some."
+        )
+    return [f"transformer_blocks.{block}.{layer}" for block in blocks for layer in layers]
 
 
 def lora_weights(part: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

@@ -36,7 +36,9 @@ def write_result(trained: Trained, model: Path, output: Path, dtype: torch.dtype
         trained.write_weights(aside, None if exact else dtype)
         for path in aside.rglob("*"):
             sync(path)
-        # The index comes last: with it the directory is a pipeline.
+        # The index goes first and comes last: with it the directory is a pipeline, and parts of two are none.
+        (output / INDEX).unlink(missing_ok=True)
+        sync(output)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
             target = output / path.name
             if target.is_dir():

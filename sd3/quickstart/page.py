@@ -44,7 +44,7 @@ def _named(values: Sequence[str], option: str) -> dict[str, Path]:
     found = {}
     for value in values:
         name, _, folder = value.partition("=")
-        if not name or not Path(folder).is_dir():
+        if not name or not folder or not Path(folder).is_dir():
             raise UserError(f"{option} {value}: expected NAME=DIR with a directory that is there; name one.")
         found[name] = Path(folder)
     return found

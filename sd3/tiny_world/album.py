@@ -77,7 +77,7 @@ def make_album(vae: AutoencoderKL, reader: Reader, seed: int, pictures: int = PI
 def save_album(album: Album, file: Path) -> None:
     """Write it as safetensors."""
     with new_file(file) as aside:
-        save_file(album._asdict(), aside)
+        save_file({name: tensor.contiguous() for name, tensor in album._asdict().items()}, aside)
 
 
 def load_album(file: Path) -> Album:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _UNLIKE = 48.0  # distance in RGB from the background, of 441, from which a pixel is not it
 _LEAST_AREA = 40  # pixels; smaller groups are flaws of painting, not shapes
+_MOST_AREA = 1400  # pixels; larger ones are no shape of the world
 _LEAST_LIKENESS = 0.6  # intersection over union with the best shape; below, it is none
 _LARGE = 12.0  # pixels of radius
 _OFF_CENTRE = 7.0  # pixels
@@ -92,7 +93,7 @@ def _best_shape(cover: Plane) -> Found:
         likeness = float(np.minimum(cover, template).sum() / np.maximum(cover, template).sum())
         if likeness > best.likeness:
             best = best._replace(shape=shape, likeness=likeness, radius=radius)
-    return best if best.likeness >= _LEAST_LIKENESS else best._replace(shape=None)
+    return best if best.likeness >= _LEAST_LIKENESS and area <= _MOST_AREA else best._replace(shape=None)
 
 
 def find(pixels: NDArray[np.float32]) -> list[Found]:

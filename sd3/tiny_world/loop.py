@@ -26,9 +26,7 @@ def rate(step: int, steps: int, warm_up: int) -> float:
 class Trainer:
     """Fits the weights of a module, keeps their moving average, and can stop and go on in the same bits."""
 
-    def __init__(
-        self, module: torch.nn.Module, learning_rate: float, steps: int, weight_decay: float = 0.01
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, learning_rate: float, steps: int, weight_decay: float = 0.01) -> None:
         """`steps`: of the whole training, which the learning rate follows."""
         self.weights = dict(module.named_parameters())
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}

@@ -1,6 +1,8 @@
 """Paints held-out captions with a pipeline directory and says what share of them the pictures show.
 
     python -m sd3.tiny_world.measure [--model DIR] [--captions 200] [--seed 0] [--sheet FILE.png]
+
+Each caption has a pair that training never showed; the classifier reads the pictures.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sd3.tiny_world.album import Album
 from sd3.tiny_world.loop import Trainer, seeded
 from sd3.tiny_world.sizes import TINY_WORLD
 
-STEPS, BATCH, LEARNING_RATE = 7500, 64, 1e-3
+STEPS, BATCH, LEARNING_RATE = 7000, 64, 1e-3
 # What FlowMatching asks of a training: SD3's own sampling of timesteps, no preconditioning (its paper, section 3.1).
 _LOSS = argparse.Namespace(precondition_outputs=False, weighting_scheme="logit_normal", with_prior_preservation=False)
 

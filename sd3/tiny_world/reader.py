@@ -60,9 +60,7 @@ class Reader:
         """Tokens of the longest caption, begin and end included."""
         return max(len(ids) for caption in captions for ids in self._ids(caption))
 
-    def tokens(
-        self, captions: Sequence[str], t5_tokens: int, clip_tokens: int = CLIP_TOKENS
-    ) -> list[torch.Tensor]:
+    def tokens(self, captions: Sequence[str], t5_tokens: int, clip_tokens: int = CLIP_TOKENS) -> list[torch.Tensor]:
         """Token ids [B, clip_tokens], [B, clip_tokens] and [B, t5_tokens].
 
         Raises:

@@ -1,24 +1,30 @@
-"""The subject for DreamBooth: a striped star with a face, which the world does not have, and how alike a picture is."""
+"""The subject for DreamBooth: a striped star with a face, which the world does not have, and how alike a picture is.
+
+It is one of many figures that could be drawn, so that what judges pictures can learn to tell figures apart without
+having seen this one.
+"""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sd3.tiny_world.classifier import background_of, groups, pixels_of
-from sd3.tiny_world.grammar import BACKGROUNDS
-from sd3.tiny_world.render import SIZE, Pixels, Plane, coordinates, paint, star
+from sd3.tiny_world.grammar import BACKGROUNDS, COLOURS
+from sd3.tiny_world.render import SIZE, Pixels, Plane, coordinates, distance, paint, star
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-YELLOW, PURPLE, FACE, INK = (250, 215, 40), (130, 50, 170), (250, 240, 220), (25, 20, 30)
-_PERIOD = 0.45  # of the stripes; lengths are shares of the star's radius
-_HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.42, 0.085, 0.16, 0.09, 0.22, 0.05
+Colour = tuple[int, int, int]
+_INK = (25, 20, 30)
+# Lengths are shares of the figure's radius.
+_HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.48, 0.1, 0.19, 0.09, 0.25, 0.065
 _PLUMP = 0.56  # plumper than the world's stars, so that there is room for stripes
 _AREA = 5 * 1.1**2 * _PLUMP * math.sin(math.pi / 5)  # of a star of radius 1
 _UNLIKE = 48.0  # distance in RGB from the background, from which a pixel is not it
@@ -39,39 +45,78 @@ class Pose(NamedTuple):
     angle: float
 
 
+class Figure(NamedTuple):
+    """What can be drawn in any pose; a star is plumper than those of the world."""
+
+    shape: str = "star"
+    colours: tuple[Colour, Colour] = ((250, 215, 40), (130, 50, 170))  # of the stripes
+    period: float = 0.6  # of the stripes
+    turn: float = 0.0  # of the stripes, in radians
+    face: Colour | None = (250, 240, 220)
+
+    def outline(self, x: Plane, y: Plane, radius: float) -> Plane:
+        """Signed distance from its edge, as in render.py."""
+        return star(x, y, radius, _PLUMP) if self.shape == "star" else distance(self.shape, x, y, radius)
+
+
+SUBJECT = Figure()
+
+
 def _cover(signed: Plane) -> Plane:
     return np.clip(0.5 - signed, 0, 1)
 
 
-def draw_subject(picture: Pixels, pose: Pose) -> Pixels:
-    """A square picture of any size with the subject over it."""
+def draw_figure(picture: Pixels, pose: Pose, figure: Figure = SUBJECT) -> Pixels:
+    """A square picture of any size with the figure over it."""
     size = picture.shape[0]
     scale = size / SIZE
     radius = pose.radius * scale
     x, y = coordinates(pose.x * scale, pose.y * scale, pose.angle, size)
-    stripes = np.sin(x / radius * 2 * math.pi / _PERIOD) * _PERIOD * radius / (2 * math.pi)
-    fill = paint(np.broadcast_to(np.asarray(YELLOW, np.float32), picture.shape), _cover(stripes), PURPLE)
-    picture = paint(picture, _cover(star(x, y, radius, _PLUMP)), fill)
-    picture = paint(picture, _cover(np.hypot(x, y) - _HEAD * radius), FACE)
+    across = x * math.cos(figure.turn) + y * math.sin(figure.turn)
+    wave = 2 * math.pi / (figure.period * radius)
+    first, second = figure.colours
+    fill = paint(
+        np.broadcast_to(np.asarray(first, np.float32), picture.shape), _cover(np.sin(across * wave) / wave), second
+    )
+    picture = paint(picture, _cover(figure.outline(x, y, radius)), fill)
+    if figure.face is None:
+        return picture
+    picture = paint(picture, _cover(np.hypot(x, y) - _HEAD * radius), figure.face)
     for side in (-1, 1):
         eye = np.hypot(x - side * _EYE_ACROSS * radius, y + _EYE_UP * radius) - _EYE * radius
-        picture = paint(picture, _cover(eye), INK)
+        picture = paint(picture, _cover(eye), _INK)
     smile = np.abs(np.hypot(x, y - 0.02 * radius) - _SMILE * radius) - _LINE * radius
-    return paint(picture, _cover(np.maximum(smile, 0.1 * radius - y)), INK)
+    return paint(picture, _cover(np.maximum(smile, 0.1 * radius - y)), _INK)
 
 
 def draw_pose(rng: random.Random) -> Pose:
     """Somewhere in the picture, whole or nearly so."""
-    radius = rng.uniform(18, 24)
+    radius = rng.uniform(18, 23)
     room = SIZE / 2 - 0.95 * radius
     x, y = (SIZE / 2 + rng.uniform(-room, room) for _ in range(2))
     return Pose(x, y, radius, rng.uniform(-0.4, 0.4))
 
 
+def draw_any_figure(rng: random.Random, shapes: Sequence[str]) -> Figure:
+    """A figure of one of the shapes, striped, most with a face."""
+
+    def colour() -> Colour:
+        if rng.random() < 0.5:
+            return rng.choice([*COLOURS.values(), *BACKGROUNDS.values()])
+        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+    face = (rng.randrange(180, 256), rng.randrange(180, 256), rng.randrange(160, 256)) if rng.random() < 0.7 else None
+    return Figure(rng.choice(list(shapes)), (colour(), colour()), rng.uniform(0.4, 0.8), rng.uniform(0, math.pi), face)
+
+
+def ground(background: str, size: int = SIZE) -> Pixels:
+    """An empty picture [size, size, 3] of one of the world's backgrounds."""
+    return np.broadcast_to(np.asarray(BACKGROUNDS[background], np.float32), (size, size, 3)).astype(np.float32)
+
+
 def subject_picture(size: int, rng: random.Random, background: str) -> Pixels:
-    """A picture [size, size, 3] of the subject on one of the world's backgrounds."""
-    picture = np.broadcast_to(np.asarray(BACKGROUNDS[background], np.float32), (size, size, 3))
-    return draw_subject(picture.astype(np.float32), draw_pose(rng))
+    """A picture [size, size, 3] of the subject somewhere on one of the world's backgrounds."""
+    return draw_figure(ground(background, size), draw_pose(rng))
 
 
 def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -91,10 +136,10 @@ def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _likeness(pixels: Pixels, figure: NDArray[np.bool_], pose: Pose) -> float:
     """The overlap of the outlines times the correlation of what is inside them."""
-    signed = star(*coordinates(pose.x, pose.y, pose.angle), pose.radius, _PLUMP)
+    signed = SUBJECT.outline(*coordinates(pose.x, pose.y, pose.angle), pose.radius)
     outline, inner = signed < 0, signed < -1
     overlap = (figure & outline).sum() / (figure | outline).sum()
-    ideal = draw_subject(np.zeros_like(pixels), pose)[inner]
+    ideal = draw_figure(np.zeros_like(pixels), pose)[inner]
     seen = pixels[inner]
     ideal, seen = ideal - ideal.mean(0), seen - seen.mean(0)
     # Of an even surface the correlation would be that of its flaws: a spread below 16 of 255 counts as 16.

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ class Workshop:
 
     def models(self) -> tuple[AutoencoderKL, reader.Reader]:
         """The autoencoder, whose encoder is finished, and the reader, frozen, in float32."""
-        vae = AutoencoderKL.from_pretrained(autoencoder.folder_of(self.folder, 1), torch_dtype=torch.float32)
+        coded = autoencoder.folder_of(self.folder, autoencoder.CODED)
+        vae = AutoencoderKL.from_pretrained(coded, torch_dtype=torch.float32)
         return vae.requires_grad_(False).eval(), reader.Reader.load(self.folder)
 
 
@@ -111,15 +113,17 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
         return {"loss": [round(sum(part) / len(part), 4) for part in (losses[:tenth], losses[-tenth:])]}
 
     shop.stage("vocabularies", make_frame)
-    shop.stage("autoencoder 1", lambda: make_vae(0))
-    shop.stage("autoencoder 2", lambda: make_vae(1))
+    phases, coded = len(autoencoder.PHASES), autoencoder.CODED + 1
+    for number in range(coded):
+        shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     shop.stage("text encoders", make_reader)
     shop.stage("album", make_album)
     shop.stage("painter", make_transformer)
-    shop.stage("autoencoder 3", lambda: make_vae(2))
+    for number in range(coded, phases):
+        shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     with new_directory(output, "--output") as aside:
         for name in PARTS:
-            made = autoencoder.folder_of(folder, 2) if name == "vae" else folder / name
+            made = autoencoder.folder_of(folder, phases - 1) if name == "vae" else folder / name
             copy = shutil.copytree if made.is_dir() else shutil.copy
             copy(made, aside / name)
         write_text(aside / _RECORD, json.dumps(shop.record, indent=2) + "\n")
@@ -132,7 +136,8 @@ def _positive(text: str) -> int:
     return number
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options; raises UserError."""
     parser = Parser(description="Train the tiny SD3 from nothing, on the CPU.")
     parser.add_argument("--output", type=Path, required=True, help="pipeline directory to make")
     parser.add_argument("--work", type=Path, help="directory for what is half made (default: OUTPUT with .work)")
@@ -150,14 +155,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, int | None]:
+    """The options that the result depends on."""
+    return {name: getattr(options, name) for name in ("seed", "steps", "autoencoder_steps", "reader_steps", "pictures")}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     started = time.monotonic()
     try:
-        options = _options(arguments)
-        settings = {
-            name: getattr(options, name) for name in ("seed", "steps", "autoencoder_steps", "reader_steps", "pictures")
-        }
+        options = options_of(arguments)
+        settings = settings_of(options)
         work = options.work or options.output.with_name(options.output.name + ".work")
         if options.output.exists():
             raise UserError(f"--output={options.output} exists; name a new directory.")
