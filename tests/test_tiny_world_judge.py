@@ -17,7 +17,7 @@ from sd3.evaluation.metrics import cosines, subject_fidelity
 from sd3.tiny_world import judge_world, train_judge
 from sd3.tiny_world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, Scene, caption_of
 from sd3.tiny_world.render import render, to_image
-from sd3.tiny_world.subject import PURPLE, YELLOW, draw_pose, draw_subject, subject_picture
+from sd3.tiny_world.subject import PURPLE, YELLOW, draw_pose, subject_picture
 
 JUDGE = PROJECT / "sd3" / "tiny_world" / "judge"
 MOST_BYTES = 500_000
