@@ -23,7 +23,7 @@ RADII = {("one", "small"): (10.5, 11.5), ("one", "large"): (17.0, 18.5)}
 _RADIUS_OF_SEVERAL = (9.5, 10.5)
 _FROM_MIDDLE = {"small": 15.0, "large": 11.0, "two": 14.0, "three": 15.0}
 _LOOSE_RADII = {"small": (7.5, 9.5), "large": (14.5, 17.0)}
-_OFFSETS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
+OFFSETS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
 INNER = 0.42  # a star's inner corners, as a share of its outer radius
 
 
@@ -81,7 +81,8 @@ def paint(picture: Pixels, cover: Plane, colour: tuple[int, int, int] | Pixels) 
     return picture + cover[..., None] * (np.asarray(colour, np.float32) - picture)
 
 
-def _jittered(colour: tuple[int, int, int], rng: random.Random, most: int) -> tuple[int, int, int]:
+def jittered(colour: tuple[int, int, int], rng: random.Random, most: int = 8) -> tuple[int, int, int]:
+    """The colour or one much like it: each part differs by `most` of 255 at most."""
     red, green, blue = (min(255, max(0, value + rng.randint(-most, most))) for value in colour)
     return red, green, blue
 
@@ -93,7 +94,7 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
         return SIZE / 2 + across + rng.uniform(-1, 1), SIZE / 2 + down + rng.uniform(-1, 1)
 
     if scene.count == "one":
-        across, down = _OFFSETS[scene.position or "centre"]
+        across, down = OFFSETS[scene.position or "centre"]
         far = _FROM_MIDDLE[scene.size or ""]
         return [near(across * far, down * far)]
     number, far = {"two": 2, "three": 3}[scene.count], _FROM_MIDDLE[scene.count]
@@ -102,11 +103,11 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     return [near(far * math.cos(angle), far * math.sin(angle)) for angle in angles]
 
 
-def _loose_places(scene: Scene, radius: float, rng: random.Random) -> list[tuple[float, float]]:
+def loose_places(scene: Scene, radius: float, rng: random.Random) -> list[tuple[float, float]]:
     """Centres of the shapes: one near its position, several anywhere clear of each other and of the edge."""
     middle = SIZE / 2
     if scene.count == "one":
-        across, down = _OFFSETS[scene.position or "centre"]
+        across, down = OFFSETS[scene.position or "centre"]
         far = (14.5 if scene.size == "small" else 12.0) + rng.uniform(-1, 2)
         return [(middle + across * far + rng.uniform(-2, 2), middle + down * far + rng.uniform(-2, 2))]
     number = {"two": 2, "three": 3}[scene.count]
@@ -122,12 +123,12 @@ def render(scene: Scene, rng: random.Random, loose: bool = False) -> Pixels:
     """A picture [64, 64, 3] of a scene with nothing left open; place, size, turn and colours vary a little, and more
     where it is `loose`: then shapes are smaller too, as hard as the autoencoder shall find them."""
     jitter, turn = (8, 0.12) if loose else (3, 0.04)
-    background = np.asarray(_jittered(BACKGROUNDS[scene.background or ""], rng, jitter), np.float32)
+    background = np.asarray(jittered(BACKGROUNDS[scene.background or ""], rng, jitter), np.float32)
     picture = np.broadcast_to(background, (SIZE, SIZE, 3)).astype(np.float32)
-    colour = _jittered(COLOURS[scene.colour or ""], rng, jitter)
+    colour = jittered(COLOURS[scene.colour or ""], rng, jitter)
     if loose:
         radius = rng.uniform(*_LOOSE_RADII[scene.size or ""])
-        places = _loose_places(scene, radius, rng)
+        places = loose_places(scene, radius, rng)
     else:
         radius = rng.uniform(*RADII.get((scene.count, scene.size), _RADIUS_OF_SEVERAL))
         places = _places(scene, rng)
