@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sd3.native.precompute import Precompute
 from sd3.native.prior import class_pictures
 from sd3.native.randomness import seed_of
 from sd3.native.step import Batch
+from sd3.native.stop import SIGNALS
 from sd3.native.stream import Stream
 from sd3.native.text import Tokenizers
 
@@ -109,6 +111,12 @@ class Samples(Dataset):
         return position, found
 
 
+def leave_signals(_worker: int) -> None:
+    """Ignore signals in a loader process: the main process acts on them, and needs its batches to end the step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Loader:
     """This rank's batches, one after another, from a position of the stream to the end of the run."""
 
@@ -126,6 +134,7 @@ class Loader:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=leave_signals,
         )
         for positions, mean, logvar, texts, rows in loader:
             mean, logvar, rows, *texts = (

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
 from sd3.common.model_sizes import CLIP_TOKENS
+from sd3.common.refusals import refuse
 from sd3.native import checkpoint, checkpoint_files, hub
 from sd3.native.checkpoint import Checkpoints
 from sd3.native.data import Items, Loader, Samples, Texts, names_at
@@ -51,8 +51,7 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
         with alone_in(Path(options.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
             return run(options, kind, accelerator)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+        return refuse(error)
 
 
 def start_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -150,10 +149,10 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     )  # fmt: skip
 
     for step in range(done + 1, steps + 1):
-        stopper.ask()
         rate = schedule.get_last_lr()[0]
         with profile.step(step - done):
             loss, norm = optimize(options, seed, accelerator, model, optimizer, flow, batches)
+        stopper.ask()
         schedule.step()
         metrics.add(step, position, loss, norm, rate)
         position += stream.samples_a_step
@@ -178,6 +177,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_result(trained, model_folder, Path(options.output_dir), dtype)
+        stopper.release("the result is written")
         epochs = math.ceil(steps / stream.steps_an_epoch)
         pictures = painter.paint(trained, epochs - 1, "test") if painter.wanted else []
         if repository:
