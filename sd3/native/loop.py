@@ -55,16 +55,25 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def start_accelerator(options: argparse.Namespace) -> Accelerator:
-    """Join the other ranks, and set up logging and precision."""
+    """Join the other ranks, and set up logging and precision.
+
+    Raises:
+        UserError: the launch configuration shards the model over the ranks.
+    """
     output = Path(options.output_dir)
+    # Every trained parameter takes part in every step: nobody has to search for those that do not. The buffers are
+    # constants; the table of positions alone would be hundreds of MB to send at every step.
+    distributed = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         mixed_precision=options.mixed_precision,
         log_with=options.report_to,
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output / options.logging_dir),
-        # Every trained parameter takes part in every step: nobody has to search for those that do not.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[distributed],
     )
+    refuse_sharding(accelerator)
+    # NpuFusedAdamW reads the gradients from one tensor of its own; as views of DDP's buckets they would leave it.
+    distributed.gradient_as_bucket_view = accelerator.device.type != "npu"
     # A launch configuration's own number would win over the flag.
     accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -86,6 +95,24 @@ def start_accelerator(options: argparse.Namespace) -> Accelerator:
         torch.backends.cuda.enable_mem_efficient_sdp(options.attention == "efficient")
         torch.backends.cuda.enable_math_sdp(options.attention == "math")
     return accelerator
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Raise UserError where parts of the parameters lie on other ranks: no rank could encode or write by itself."""
+    found = accelerator.distributed_type
+    if found == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        if stage in (0, 1, 2):
+            return
+        found = f"DeepSpeed's ZeRO stage {stage}"
+    elif found == DistributedType.NO or found.value.startswith("MULTI_"):
+        return
+    else:
+        found = found.value
+    raise UserError(
+        f"{found} in the launch configuration is not supported by this engine; launch one process, DDP, or "
+        "DeepSpeed with ZeRO stage 0, 1 or 2."
+    )
 
 
 def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int:
