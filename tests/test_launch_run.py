@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from launching import BF16, DDP, fake_project, launch, start
+from launching import BF16, DDP, PROJECT, fake_project, launch, start
 
 TOKEN = "hf_not_a_real_token_0123456789"
 
@@ -177,6 +178,33 @@ def test_a_directory_in_use_is_refused_and_then_free(project: Path, arguments: l
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert launch(project, DDP, *arguments).returncode == 0
+
+
+def test_a_file_system_without_locks_is_no_run_that_goes_on(
+    project: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    """flock(1) exits with 1 for a conflict alone: 71 is what it says of ENOLCK."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "flock").write_text("#!/bin/sh\nexit 71\n")
+    (tmp_path / "bin" / "flock").chmod(0o755)
+    result = launch(project, DDP, *arguments, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path / 'the run'} cannot be locked" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "status"), [("", 143), ("sleep 60 & ", 7)], ids=["no supervisor yet", "its number not yet taken"]
+)
+def test_a_signal_while_the_supervisor_is_started_is_not_lost(before: str, status: int) -> None:
+    """The traps are set first, and so have to do without the supervisor, or find it by themselves."""
+    script = f"""{before}. {PROJECT}/sd3/launch/launch.sh
+        trap 'pass_on TERM 143' TERM
+        kill -TERM $$
+        wait; exit 7"""
+    begun = time.monotonic()
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (status, "")
+    assert time.monotonic() - begun < 30
 
 
 def test_a_bare_resume_takes_this_launchers_newest_run(project: Path, arguments: list[str]) -> None:
