@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 from PIL.ImageOps import exif_transpose
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.functional import crop
 
 from native_parts import loader, options
 from sd3.common.command_line import UserError
+from sd3.native import data as data_module
 from sd3.native.data import Items, Loader, Samples, names_at
 from sd3.native.pictures import View, instance_samples
 from sd3.native.step import Batch
@@ -356,6 +360,41 @@ def test_a_batch_with_prior_preservation_has_its_class_pictures_last(feed: Calla
             assert torch.equal(batch.text[0][place], whole.texts[item.caption][0])
     assert batch.text[1][3:].unique(dim=0).shape[0] == 1
     assert not torch.equal(batch.text[1][0], batch.text[1][3])
+
+
+@pytest.mark.parametrize("more", [(), ("--train_text_encoder",)])
+def test_few_captions_are_sent_once_and_change_nothing(
+    feed: Callable, dog_dir: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = ("--with_prior_preservation", f"--class_data_dir={dog_dir}", "--class_prompt=a dog", "--center_crop")
+    plain, asked = Loader._texts, []
+
+    def texts(self: Loader, captions: list[str]) -> list[torch.Tensor]:
+        asked.append(list(captions))
+        return plain(self, captions)
+
+    monkeypatch.setattr(Loader, "_texts", texts)
+    found = {}
+    for few in (100, 0):
+        monkeypatch.setattr(data_module, "FEW", few)
+        fed = feed(*prior, *more)
+        found[few] = list(fed.batches(0, 0, 6))
+        assert (asked == [fed.samples.items.captions]) == (few == 100) and len(asked) == (1 if few else 6)
+        asked.clear()
+    assert_same_batches(found[100], found[0])
+
+
+@pytest.mark.parametrize(("device", "pinned", "named"), [("npu", True, "npu"), ("cuda", True, ""), ("cpu", False, "")])
+def test_batches_for_an_accelerator_are_pinned(
+    device: str, pinned: bool, named: str, feed: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(data_module, "DataLoader", lambda *_, **settings: given.update(settings) or [])
+    fed = feed()
+    fed.device = types.SimpleNamespace(type=device)
+    assert list(fed.batches(0, 0, 1)) == []
+    assert (given["pin_memory"], given["pin_memory_device"]) == (pinned, named)
+    assert set(given) <= set(inspect.signature(DataLoader).parameters)
 
 
 def test_a_data_sets_columns_and_blank_captions(tmp_path: Path) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from native_parts import options
+from native_runs import finished, forked, log_of
 from sd3.common.model_parts import make_transformer
 from sd3.common.model_sizes import SIZES
 from sd3.native import metrics as metrics_module
+from sd3.native.loop import work
 from sd3.native.metrics import Metrics, Reading
 from sd3.native.profile import WARM_UP, Profile
 from sd3.native.utilization import Work, device_name, peak_of, work_of
@@ -41,9 +47,20 @@ def medium() -> dict[str, object]:
 def test_sd3_medium_costs_what_was_counted_by_hand(
     medium: dict[str, object], resolution: int, lora: bool, recomputed: float, model: float, again: float
 ) -> None:
-    work = work_of(medium, resolution, TEXT_TOKENS, lora, recomputed)
-    assert work.model == pytest.approx(model, rel=0.01)
-    assert work.hardware - work.model == pytest.approx(again, rel=0.02)
+    found = work_of(medium, resolution, TEXT_TOKENS, lora, recomputed)
+    assert found.model == pytest.approx(model, rel=0.01)
+    assert found.hardware - found.model == pytest.approx(again, rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [(), ("--with_prior_preservation", "--class_data_dir=c", "--class_prompt=a thing")])
+def test_a_sample_costs_what_its_pictures_do(flags: tuple[str, ...]) -> None:
+    with torch.device("meta"):
+        transformer = make_transformer(SIZES["tiny"])
+    trained = types.SimpleNamespace(parts={"transformer": transformer}, lora=True)
+    found = work(options("--resolution=64", "--gradient_checkpointing", *flags), trained)
+    one = work_of(dict(transformer.config), 64, TEXT_TOKENS, True, 1.0)
+    pictures = 2 if flags else 1
+    assert (found.model, found.hardware) == (pictures * one.model, pictures * one.hardware)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +73,13 @@ def test_sd3_medium_costs_what_was_counted_by_hand(
         ("NVIDIA H200", 989e12),
         ("Ascend910B3", 313e12),
         ("ASCEND910B1", 414e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", None),
+        ("Ascend910B2C", None),
         ("NVIDIA GeForce RTX 3090", None),
         ("CPU", None),
     ],
@@ -129,8 +153,8 @@ class Accelerator(types.SimpleNamespace):
 
 def made(device: str, first: int = 0) -> tuple[Metrics, Board, OtherTracker]:
     trackers = Board(), OtherTracker()
-    work = Work(model=39e12, hardware=52e12)
-    return Metrics(Accelerator(trackers=list(trackers)), 8, work, device, first, 10), *trackers
+    cost = Work(model=39e12, hardware=52e12)
+    return Metrics(Accelerator(trackers=list(trackers)), 8, cost, device, first, 10), *trackers
 
 
 def scalars(*values: float) -> tuple[torch.Tensor, ...]:
@@ -158,7 +182,7 @@ def test_a_reading_covers_the_steps_since_the_one_before(clock: Clock, capsys: p
     metrics.add(5, 32, *scalars(1.5, 3.0), 2e-3)
     clock.now += 8  # 4 s a step, 2 pictures a second
     assert metrics.read() == [Reading(4, 24, 1.0, 3.5), Reading(5, 32, 2.0, 3.5)]
-    # 2 pictures a second of 39 TFLOP each on two devices of 312 TFLOP a second.
+    # 2 samples a second of 39 TFLOP each on two devices of 312 TFLOP a second.
     values = {"lr": 1e-3, "images": 8, "images_per_second": 2.0, "utilization": pytest.approx(0.125)}
     values |= {"gradient_norm": 3.5}
     assert other.told == [(values | {"loss": 1.0}, 4), (values | {"loss": 2.0, "lr": 2e-3}, 5)]
@@ -221,12 +245,15 @@ def profiled(folder: Path, steps: int, made_steps: int = 6) -> list[list[str]]:
         with profile.step(number), torch.profiler.record_function(f"step {number}"):
             torch.ones(8, 8) @ torch.ones(8, 8)
         seen.append(sorted(file.name for file in folder.glob("*")))
+    profile.close()
     return seen
 
 
-def test_a_profile_is_a_table_and_a_trace_of_the_steps_after_the_warm_up(tmp_path: Path) -> None:
+def test_a_profile_is_a_table_and_a_trace_of_the_steps_after_the_warm_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files = ["rank-1.json", "rank-1.txt"]
-    assert profiled(tmp_path, 2) == [[]] * (WARM_UP + 1) + [files] * 3
+    assert profiled(tmp_path, 2) == [[]] * (WARM_UP + 1) + [files] * 3 and not caplog.records
     table = (tmp_path / "rank-1.txt").read_text(encoding="utf-8")
     trace = json.loads((tmp_path / "rank-1.json").read_text(encoding="utf-8"))
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -235,6 +262,44 @@ def test_a_profile_is_a_table_and_a_trace_of_the_steps_after_the_warm_up(tmp_pat
     assert "aten::mm" in table and "aten::mm" in names
 
 
-def test_no_steps_no_profile(tmp_path: Path) -> None:
-    assert profiled(tmp_path / "none", 0) == [[]] * 6
+def test_a_run_that_ends_early_leaves_what_was_profiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert profiled(tmp_path, 5, made_steps=4) == [[]] * 4
+    assert "the run ended after 4 steps, of which the first 2 are warm-up; 2 were profiled" in caplog.text
+    table = (tmp_path / "rank-1.txt").read_text(encoding="utf-8")
+    trace = (tmp_path / "rank-1.json").read_text(encoding="utf-8")
+    for number in range(1, 5):
+        assert (f"step {number}" in table) == (f'"step {number}"' in trace) == (number > 2)
+
+
+def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert profiled(tmp_path / "none", 5, made_steps=1) == [[]]
+    assert "--profile=5: the run ended after 1 steps" in caplog.text and "0 were profiled" in caplog.text
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_short_run_has_a_profile(stopped: bool, tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    """Whether it comes to its end or is stopped by a signal in step 3."""
+
+    def before() -> None:
+        plain = Metrics.add
+
+        def add(self: Metrics, step: int, *rest: Any) -> None:
+            plain(self, step, *rest)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Metrics.add = add
+
+    output = tmp_path / "run"
+    flags = ("--train_batch_size=1", "--profile=9", f"--max_train_steps={9 if stopped else 3}")
+    data = [f"--instance_data_dir={dog_dir}"]
+    run = forked("lora", output, tiny_model, data, *flags, before=before if stopped else None)
+    assert finished(run) == (143 if stopped else 0)
+    assert {file.name for file in (output / "profile").iterdir()} == {"rank-0.json", "rank-0.txt"}
+    assert "--profile=9: the run ended after" in log_of(output).read_text(encoding="utf-8")
+
+
+def test_no_steps_no_profile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert profiled(tmp_path / "none", 0) == [[]] * 6
+    assert not (tmp_path / "none").exists() and not caplog.records

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
+baimport re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -264,6 +264,21 @@ def test_a_full_result_is_a_pipeline_of_trained_and_untouched_parts(
     untouched = {name for name in before if name.split("/")[0] not in made.parts}
     assert all(before[name] == after[name] for name in untouched)
     assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_a_models_index_cannot_name_folders_that_are_no_parts(twins: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(twins, tmp_path / "models" / "crafted"))
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    for name in ("../secrets", "checkpoint-1", "logs"):
+        (model / name).mkdir(exist_ok=True)
+        (model / name / "file").write_text("crafted")
+        index[name] = ["diffusers", "AutoencoderKL"]
+    (model / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    output = tmp_path / "runs" / "output"
+    (output / "checkpoint-1").mkdir(parents=True)
+    write_result(trained(model, "full"), model, output, torch.bfloat16)
+    assert (output / "vae" / "config.json").is_file()
+    assert not list(output.parent.rglob("file"))
 
 
 def test_a_variants_result_loads_without_it(tiny_model: Path, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_scaled_learning_rate() -> None:
 
 
 class Combined:
-    """NpuFusedAdamW's way with gradients: at the first step they become views of one tensor, and it reads that alone."""
+    """NpuFusedAdamW's way with gradients: at the first step they become views of one tensor, the only one it reads."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.parameters, self.gradient = parameters, None

@@ -180,7 +180,7 @@ def test_latents_have_a_key_of_their_own(what: str, files: list[Path], tiny_mode
     elif what == "flip":
         one = view(file, flip=True)
     elif what == "resolution":
-        flags = ("--resolution=40",)
+        flags = ("--resolution=48",)
     elif what == "weights":
         model = with_changed(tiny_model, "vae", tmp_path)
     elif what == "precision":
@@ -214,6 +214,25 @@ def test_a_second_run_loads_and_computes_nothing(
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
     fill(folder / "new", tiny_model, files)
     assert loads == ["vae", "encoders"]
+
+
+def test_a_file_is_read_once_for_all_its_views(files: list[Path], tiny_model: Path, tmp_path: Path) -> None:
+    """However often it is repeated, in each place and mirrored; then once more for each square that is encoded."""
+    read: list[str] = []
+
+    def content_of(file: Path) -> Callable[[], bytes]:
+        return lambda: read.append(file.name) or file.read_bytes()
+
+    contents = {file.name: content_of(file) for file in files[:2]}
+    views = [
+        View(name, content, (place, place), flip)
+        for name, content in contents.items() for place in (0.1, 0.9) for flip in (False, True)
+    ]  # fmt: skip
+    keys = Precompute(given(tmp_path), tiny_model, Ranks()).latents(views)
+    assert len(set(keys)) == 8 and sorted(read) == [files[0].name] * 5 + [files[1].name] * 5
+    read.clear()
+    assert Precompute(given(tmp_path), tiny_model, Ranks()).latents(views) == keys
+    assert sorted(read) == [files[0].name, files[1].name]
 
 
 def test_only_what_is_missing_is_loaded_for(
@@ -395,6 +414,27 @@ def test_a_directory_that_cannot_be_written_is_named(files: list[Path], tiny_mod
         fill(tmp_path / "file", tiny_model, files)
 
 
+def mapped(folder: Path) -> int:
+    """Bytes of this process's memory that are pages of files in the folder."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    spans = [line[0].split("-") for line in lines if len(line) > 5 and line[5].startswith(f"{folder}/")]
+    return sum(int(end, 16) - int(start, 16) for start, end in spans)
+
+
+def test_what_was_read_is_the_files_pages_and_little_of_it_is_kept(tmp_path: Path) -> None:
+    """Each rank and each of its loader processes has a cache of its own; the pages are everyone's."""
+    cache, keys, size = Cache(tmp_path), [f"{number:02}" for number in range(40)], 4 << 20
+    cache.write(keys[0], {"mean": torch.ones(size // 4)})
+    for key in keys[1:]:
+        cache.file(key).parent.mkdir()
+        os.link(cache.file(keys[0]), cache.file(key))
+    entry = cache.read(keys[0])
+    assert size <= mapped(tmp_path) < 1.1 * size and entry["mean"].sum() == size // 4
+    for key in keys:
+        cache.read(key)
+    assert size < mapped(tmp_path) < 80 << 20
+
+
 def test_memory_for_what_was_read_is_bounded(whole: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, keys = whole
     monkeypatch.setattr(cache_module, "KEPT_BYTES", 2 * (2 * 16 * 4 * 4 * 4))  # two latents of 32 pixels
@@ -477,6 +517,22 @@ def test_auto_finds_its_own_choice_again(
     assert all(on_accelerator.cache.read(key)["mean"].isfinite().all() for key in keys)
     assert on_accelerator.latents(views) == keys
     assert on_accelerator.loaded == [torch.float32, dtype]
+
+
+def test_the_main_rank_chooses_for_all(
+    on_accelerator: OnAccelerator, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def answered(values: list[object]) -> list[object]:
+        asked.extend(values)
+        return [torch.float16]
+
+    monkeypatch.setattr(precompute_module, "broadcast_object_list", answered)
+    monkeypatch.setattr(on_accelerator, "_holds", lambda keys: pytest.fail("every rank reads the whole cache"))
+    on_accelerator.accelerator.is_main_process, on_accelerator.accelerator.num_processes = False, 2
+    on_accelerator.latents([view(file) for file in files])
+    assert asked == [None] and on_accelerator.loaded == [torch.float16]  # for its share alone
 
 
 @pytest.mark.parametrize("asked", ["fp32", "fp16", "bf16"])

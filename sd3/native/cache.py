@@ -1,7 +1,8 @@
 """Tensors on disk under the hash of what they were computed from; written once, read by any run that needs the same.
 
 A file holds safetensors and nothing else, so reading one executes nothing. It appears whole or not at all, and whoever
-computes the same entry at the same time writes the same file.
+computes the same entry at the same time writes the same file. What is read is the file itself, mapped into memory: the
+processes of a machine share its pages, and the system takes them back where memory is short.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int | None, ...]]  # by the tensors' names; None for any number
 LEFTOVER_AGE = 24 * 3600  # s
-KEPT_BYTES = 2 << 30  # of what was read, kept in memory by one process
+KEPT_BYTES = 64 << 20  # of files that one process keeps mapped
 
 
 class Cache:
@@ -69,7 +70,7 @@ class Cache:
         return not wrong
 
     def read(self, key: str) -> Tensors:
-        """The tensors of an entry, on the CPU.
+        """The tensors of an entry, on the CPU; they are the file's pages and not to be written to.
 
         Raises:
             SafetensorError, OSError: it is not there or not whole.

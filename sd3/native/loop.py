@@ -120,8 +120,9 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     device, ranks = accelerator.device, accelerator.num_processes
     dtype = DTYPES[accelerator.mixed_precision]
     model_folder = model_directory(
-        options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision, options.variant
-    )
+        options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision, options.variant,
+        cache_dir=options.cache_dir,
+    )  # fmt: skip
     repository = hub.prepare_repo(options) if accelerator.is_main_process else None
 
     resumed = checkpoint.find(options, accelerator, kind)
@@ -194,6 +195,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         if signal:
             logger.warning("Stopped by signal %d after step %d; checkpoint-%d is complete.", signal, step, step)
             metrics.close()
+            profile.close()
             return 128 + signal
         epoch, rest = divmod(step, stream.steps_an_epoch)
         if rest == 0 and painter.due(epoch - 1) and accelerator.is_main_process:
@@ -201,6 +203,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
                 painter.paint(trained, epoch - 1)
 
     metrics.close()
+    profile.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_result(trained, model_folder, Path(options.output_dir), dtype)
@@ -263,9 +266,10 @@ def check(
 
 
 def work(options: argparse.Namespace, trained: Trained) -> Work:
-    """What training costs for one picture of this run."""
+    """What training costs for one sample of this run: a picture, and with prior preservation one of its class."""
     transformer = trained.parts["transformer"]
     blocks = len(transformer.transformer_blocks)
     recomputed = len(block_numbers(options.checkpointed_blocks, blocks)) if options.gradient_checkpointing else 0
     tokens = CLIP_TOKENS + options.max_sequence_length
-    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, recomputed / blocks)
+    pictures = 2 if options.with_prior_preservation else 1
+    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, recomputed / blocks, pictures)

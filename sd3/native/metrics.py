@@ -49,10 +49,14 @@ class Metrics:
     """Collects losses; `read` brings them to the host, the progress line and the trackers."""
 
     def __init__(
-        self, accelerator: Accelerator, pictures_a_step: int, work: Work, device_name: str, first: int, last: int
+        self, accelerator: Accelerator, samples_a_step: int, work: Work, device_name: str, first: int, last: int
     ) -> None:
-        """`first`: steps already made, `last`: steps in all."""
-        self.accelerator, self.pictures_a_step, self.work = accelerator, pictures_a_step, work
+        """`work` of a sample; `first`: steps already made, `last`: steps in all.
+
+        A sample counts as one image, with prior preservation too, where it is two pictures: as the pinned scripts
+        count.
+        """
+        self.accelerator, self.samples_a_step, self.work = accelerator, samples_a_step, work
         peak = peak_of(device_name)
         self.peak = peak and peak * accelerator.num_processes
         on_terminal = sys.stderr.isatty()
@@ -78,9 +82,9 @@ class Metrics:
         now = time.time()
         norms = self._without_overflows(norms)
         seconds = (now - self.since) / len(losses)
-        speed = self.pictures_a_step / seconds
+        speed = self.samples_a_step / seconds
         for number, ((step, _, _, rate), loss, norm) in enumerate(zip(self.waiting, losses, norms, strict=True), 1):
-            values = {"loss": loss, "lr": rate, "images": self.pictures_a_step, "images_per_second": speed}
+            values = {"loss": loss, "lr": rate, "images": self.samples_a_step, "images_per_second": speed}
             values |= {"gradient_norm": norm}
             if self.peak:
                 values["utilization"] = speed * self.work.model / self.peak

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sd3.common.model_files import content_hash
 from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
 from sd3.native.cache import Cache, Shapes, Tensors, compute_missing
-from sd3.native.pictures import View
+from sd3.native.pictures import View, digest
 from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class Precompute:
 
         They are as the VAE gives them, not yet shifted and scaled.
         """
-        names = [view.key(self.options.resolution) for view in views]
+        digests = {content: digest(content) for content in dict.fromkeys(view.content for view in views)}
+        names = [view.key(self.options.resolution, digests[view.content]) for view in views]
         distinct = dict(zip(names, views, strict=True))  # a picture that is repeated is encoded once
         vae_hash = content_hash([self.model / "vae"])
 
@@ -72,17 +73,22 @@ class Precompute:
         return [keys[name] for name in names]
 
     def _vae_dtype(self, keys_at: Callable[[torch.dtype], dict[str, str]], views: Sequence[View]) -> torch.dtype:
-        """What was asked for; where that is `auto`, float16 if it has been or is found to be good enough."""
+        """What was asked for; where that is `auto`, float16 if it has been or is found to be good enough.
+
+        The main rank finds out for all.
+        """
         asked = self.options.vae_precision
         if asked != "auto":
             return VAE_DTYPES[asked]
         if self.accelerator.device.type == "cpu":  # where half precision gains nothing
             return torch.float32
-        chosen = next(
-            (dtype for dtype in (torch.float16, torch.float32) if self._holds(list(keys_at(dtype).values()))), None
-        )
-        if chosen is None:
-            chosen = half_if_negligible(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
+        chosen: torch.dtype | None = None
+        if self.accelerator.is_main_process:
+            chosen = next(
+                (dtype for dtype in (torch.float16, torch.float32) if self._holds(list(keys_at(dtype).values()))), None
+            )
+            if chosen is None:
+                chosen = half_if_negligible(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
         return broadcast_object_list([chosen])[0]
 
     def _pixels(self, views: Sequence[View]) -> torch.Tensor:
