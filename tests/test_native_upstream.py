@@ -42,7 +42,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 CAPTIONS = ("red", "something blue and dark, seen from afar")
 
 # With the same draws: largest relative difference of a step's loss. Rounding differs and grows from step to step.
-SAME = 1e-3
+SAME = 1e-4
 # With other draws: the curves' logarithm in blocks of ten steps, engine against engine over the seeds, by Welch's t;
 # the largest of five. With six seeds each, |t| > 6 has a probability below 2e-4, among five below 1e-3.
 SEEDS, BLOCK, LIMIT = 6, 10, 6.0
@@ -257,7 +257,7 @@ def test_the_same_draws_give_the_same_losses(
         found[name] = apart(curve(kind, output, model, data, *given, *flags, before=before), expected)
     print(f"{kind}: losses {expected[0]:.3f} to {expected[-1]:.3f}; apart", found)
     assert found.pop("") < SAME
-    assert all(distance > 3 * SAME for distance in found.values()), found
+    assert all(distance > 30 * SAME for distance in found.values()), found
 
 
 # ---- draws of their own
