@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-baimport re
+import json
+import os
+import re
 import shutil
 from pathlib import Path
 
