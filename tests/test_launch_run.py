@@ -106,6 +106,40 @@ def test_a_signal_reaches_the_ranks_which_get_their_time(
     assert (run / "report.json").exists()
 
 
+@pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (DDP, 2)])
+def test_a_signal_to_every_process_of_the_run_leaves_the_ranks_their_time(
+    project: Path, arguments: list[str], tmp_path: Path, launcher: str, ranks: int
+) -> None:
+    """As Slurm sends it: accelerate dies of it, or sets about ending its ranks."""
+    marker = tmp_path.name
+    process = start(
+        project, launcher, *arguments, f"--num_processors={ranks}", "--main_process_port=29537",
+        STUB_MODE="careful", STUB_MARKER=marker,
+    )  # fmt: skip
+    run = tmp_path / "the run"
+    until(lambda: all((run / f"ready-{rank}").exists() for rank in range(ranks)))
+    for pid in processes_with(marker):
+        os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert all((run / f"finished-{rank}").exists() for rank in range(ranks))
+    assert processes_with(marker) == []
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (DDP, 2), (BF16, 2)])
+def test_bad_input_is_one_sentence_and_status_2_whatever_accelerate_makes_of_it(
+    project: Path, arguments: list[str], tmp_path: Path, launcher: str, ranks: int
+) -> None:
+    result = launch(
+        project, launcher, *arguments, f"--num_processors={ranks}", "--main_process_port=29538", STUB_MODE="refuse"
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert (tmp_path / "the run" / "train.log").read_text().splitlines()[-1] == "--data is no data; give some."
+    said = result.stdout + result.stderr
+    assert said.count("--data is no data; give some.") == 1
+    assert "Traceback" not in said and "exitcode" not in said
+
+
 def test_ctrl_c_in_a_terminal_signals_the_whole_group(project: Path, arguments: list[str], tmp_path: Path) -> None:
     marker = tmp_path.name
     process = start(project, DDP, *arguments, STUB_MODE="careful", STUB_MARKER=marker)
