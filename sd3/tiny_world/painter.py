@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from safetensors.torch import load_file
 
 from sd3.common.model_parts import make_transformer
 from sd3.native.step import Batch, Draws, FlowMatching
@@ -15,7 +16,9 @@ from sd3.tiny_world.album import Album
 from sd3.tiny_world.loop import Trainer, seeded
 from sd3.tiny_world.sizes import TINY_WORLD
 
-STEPS, BATCH, LEARNING_RATE = 4500, 64, 1e-3
+STEPS = (4500, 6000)  # of each cycle; the second begins anew, with a rate of its own, from the average of the first
+LEARNING_RATES = (1e-3, 8e-4)
+BATCH = 64
 # What FlowMatching asks of a training: SD3's own sampling of timesteps, no preconditioning (its paper, section 3.1).
 _LOSS = argparse.Namespace(precondition_outputs=False, weighting_scheme="logit_normal", with_prior_preservation=False)
 
@@ -66,13 +69,13 @@ class Painter:
 
     def __init__(
         self, album: Album, vae: AutoencoderKL, scheduler: FlowMatchEulerDiscreteScheduler, seed: int,
-        steps: int = STEPS,
+        cycle: int = 0, steps: int | None = None,
     ) -> None:  # fmt: skip
-        """`vae` tells the shift and the scale of the album's latents; `steps`: of the whole training."""
-        self.album, self.seed = album, seed
+        """`vae` tells the shift and the scale of the album's latents; `steps`: of the cycle (default: its own)."""
+        self.album, self._first_seed = album, seed * 1_000_003 + cycle * 100_003
         self.transformer = seeded(fresh_transformer, seed)
         self.transformer.set_attn_processor(WeightedKeys())
-        self.trainer = Trainer(self.transformer, LEARNING_RATE, steps)
+        self.trainer = Trainer(self.transformer, LEARNING_RATES[cycle], steps or STEPS[cycle])
         config = vae.config
         self._flow = FlowMatching(
             _LOSS, scheduler, config.shift_factor, config.scaling_factor, torch.float32, torch.device("cpu")
@@ -80,7 +83,7 @@ class Painter:
 
     def loss_at(self, step: int) -> torch.Tensor:
         """The loss of the batch of a step; pictures, noise and timesteps follow from seed and step."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(self._first_seed + step)
         chosen = torch.randint(len(self.album.latents), (BATCH,), generator=generator)
         latents, prompt, bias, pooled = (part[chosen].float() for part in self.album)
         noise = torch.randn(latents.shape, generator=generator)
@@ -101,11 +104,19 @@ class Painter:
         batch = Batch(latents, torch.zeros(()), (prompt, pooled), [])
         return self._flow.loss(predict, batch, draws)
 
+    def begin_from(self, kept: Path) -> None:
+        """Take the average of the weights of a cycle's checkpoint."""
+        tensors = load_file(kept)
+        average = {name: tensors[f"average.{name}"] for name in self.trainer.weights}
+        self.transformer.load_state_dict(self.transformer.state_dict() | average)
+        self.trainer.average |= {name: tensor.clone() for name, tensor in average.items()}
+
     def train(self, kept: Path, until: int | None = None) -> None:
         """Train to step `until` (default: the last), from the checkpoint `kept` where there is one."""
         if kept.exists():
             self.trainer.load(kept)
         self.trainer.run(self.loss_at, "painter", until, kept)
+        self.trainer.save(kept)
 
     def save(self, folder: Path) -> None:
         """Write the moving average of the weights to `folder` in float16."""

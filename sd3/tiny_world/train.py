@@ -101,12 +101,13 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
         album.save_album(made, folder / "album.safetensors")
         return {}
 
-    def make_transformer() -> dict[str, object]:
+    def make_transformer(cycle: int) -> dict[str, object]:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        one = painter.Painter(
-            album.load_album(folder / "album.safetensors"), shop.models()[0], scheduler, seed, settings["steps"]
-        )
-        one.train(folder / "painter.safetensors")
+        pictures = album.load_album(folder / "album.safetensors")
+        one = painter.Painter(pictures, shop.models()[0], scheduler, seed, cycle, settings["steps"])
+        if cycle:
+            one.begin_from(folder / f"painter.{cycle - 1}.safetensors")
+        one.train(folder / f"painter.{cycle}.safetensors")
         one.save(folder / "transformer")
         losses = one.trainer.losses
         tenth = max(1, len(losses) // 10)
@@ -118,7 +119,8 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
         shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     shop.stage("text encoders", make_reader)
     shop.stage("album", make_album)
-    shop.stage("painter", make_transformer)
+    for cycle in range(len(painter.STEPS)):
+        shop.stage(f"painter {cycle + 1}", partial(make_transformer, cycle))
     for number in range(coded, phases):
         shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     with new_directory(output, "--output") as aside:
@@ -142,12 +144,15 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="pipeline directory to make")
     parser.add_argument("--work", type=Path, help="directory for what is half made (default: OUTPUT with .work)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
-    phases = ", ".join(str(phase.steps) for phase in autoencoder.PHASES)
-    parser.add_argument(
-        "--autoencoder-steps", type=_positive, help=f"steps of each of the autoencoder's phases (default: {phases})"
-    )
+    tables = {
+        "autoencoder-steps": ("the autoencoder's phases", [phase.steps for phase in autoencoder.PHASES]),
+        "steps": ("the painter's cycles", painter.STEPS),
+    }
+    for name, (what, table) in tables.items():
+        own = ", ".join(map(str, table))
+        parser.add_argument(f"--{name}", type=_positive, help=f"steps of each of {what} (default: {own})")
     numbers = {
-        "steps": (painter.STEPS, "the painter's steps"), "reader-steps": (reader.STEPS, "the text encoders' steps"),
+        "reader-steps": (reader.STEPS, "the text encoders' steps"),
         "pictures": (album.PICTURES, "pictures that the painter learns from"),
     }  # fmt: skip
     for name, (default, about) in numbers.items():
