@@ -183,7 +183,7 @@ def test_what_cannot_be_resumed_from_is_refused(
 
 
 def test_each_flag_that_changed_is_told_and_which_value_holds(tmp_path: Path) -> None:
-    before = remembered(native_options("--seed=1", "--learning_rate=1e-3", "--train_batch_size=2", "--report_to=wandb"))
+    before = remembered(native_options("--seed=1", "--learning_rate=1e-3", "--train_batch_size=2", "--log_every=3"))
     now = native_options("--learning_rate=1e-4", "--train_batch_size=3", "--max_train_steps=7")
     assert differences(tmp_path, before, now) == [
         "--train_batch_size was 2 and is 3: the run goes on, but not as it would have.",
