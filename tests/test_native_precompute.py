@@ -216,25 +216,6 @@ def test_a_second_run_loads_and_computes_nothing(
     assert loads == ["vae", "encoders"]
 
 
-def test_a_file_is_read_once_for_all_its_views(files: list[Path], tiny_model: Path, tmp_path: Path) -> None:
-    """However often it is repeated, in each place and mirrored; then once more for each square that is encoded."""
-    read: list[str] = []
-
-    def content_of(file: Path) -> Callable[[], bytes]:
-        return lambda: read.append(file.name) or file.read_bytes()
-
-    contents = {file.name: content_of(file) for file in files[:2]}
-    views = [
-        View(name, content, (place, place), flip)
-        for name, content in contents.items() for place in (0.1, 0.9) for flip in (False, True)
-    ]  # fmt: skip
-    keys = Precompute(given(tmp_path), tiny_model, Ranks()).latents(views)
-    assert len(set(keys)) == 8 and sorted(read) == [files[0].name] * 5 + [files[1].name] * 5
-    read.clear()
-    assert Precompute(given(tmp_path), tiny_model, Ranks()).latents(views) == keys
-    assert sorted(read) == [files[0].name, files[1].name]
-
-
 def test_only_what_is_missing_is_loaded_for(
     spoilt: tuple[Path, list[str]], files: list[Path], tiny_model: Path, loads: list[str]
 ) -> None:
@@ -412,37 +393,6 @@ def test_a_directory_that_cannot_be_written_is_named(files: list[Path], tiny_mod
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"--precompute_dir={tmp_path / 'file'} cannot be written"):
         fill(tmp_path / "file", tiny_model, files)
-
-
-def mapped(folder: Path) -> int:
-    """Bytes of this process's memory that are pages of files in the folder."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
-    spans = [line[0].split("-") for line in lines if len(line) > 5 and line[5].startswith(f"{folder}/")]
-    return sum(int(end, 16) - int(start, 16) for start, end in spans)
-
-
-def test_what_was_read_is_the_files_pages_and_little_of_it_is_kept(tmp_path: Path) -> None:
-    """Each rank and each of its loader processes has a cache of its own; the pages are everyone's."""
-    cache, keys, size = Cache(tmp_path), [f"{number:02}" for number in range(40)], 4 << 20
-    cache.write(keys[0], {"mean": torch.ones(size // 4)})
-    for key in keys[1:]:
-        cache.file(key).parent.mkdir()
-        os.link(cache.file(keys[0]), cache.file(key))
-    entry = cache.read(keys[0])
-    assert size <= mapped(tmp_path) < 1.1 * size and entry["mean"].sum() == size // 4
-    for key in keys:
-        cache.read(key)
-    assert size < mapped(tmp_path) < 80 << 20
-
-
-def test_memory_for_what_was_read_is_bounded(whole: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, keys = whole
-    monkeypatch.setattr(cache_module, "KEPT_BYTES", 2 * (2 * 16 * 4 * 4 * 4))  # two latents of 32 pixels
-    cache = Cache(folder)
-    for _ in range(2):
-        for key in keys[:5]:
-            assert torch.equal(cache.read(key)["mean"], load_file(cache.file(key))["mean"])
-    assert [key in cache._kept for key in keys[:5]] == [True, True, False, False, False]
 
 
 # ---- half precision
