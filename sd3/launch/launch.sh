@@ -236,7 +236,9 @@ prepare_run_dir() {
     quoted_command
   } | write_file "$RUN_DIR/command.sh"
   settings_json | write_file "$RUN_DIR/run_settings.json"
-  project_python -m sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE" | write_file "$RUN_DIR/environment.json"
+  # From the project's directory: started from another copy of the project, that one would be described.
+  (cd "$PROJECT_DIR" && project_python -m sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE") |
+    write_file "$RUN_DIR/environment.json"
 }
 
 # pass_on SIGNAL STATUS: to the supervisor, the only background process of this shell.
