@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launching import BF16, DDP, PROJECT, fake_project, launch, start
+from sd3.common.supervise import send
 
 TOKEN = "hf_not_a_real_token_0123456789"
 
@@ -119,7 +120,7 @@ def test_a_signal_to_every_process_of_the_run_leaves_the_ranks_their_time(
     run = tmp_path / "the run"
     until(lambda: all((run / f"ready-{rank}").exists() for rank in range(ranks)))
     for pid in processes_with(marker):
-        os.kill(pid, signal.SIGTERM)
+        send(pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert all((run / f"finished-{rank}").exists() for rank in range(ranks))

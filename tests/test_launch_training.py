@@ -14,6 +14,7 @@ import pytest
 
 from launching import BF16, DDP, LAUNCHERS, LORA, PROJECT, environment
 from patching import free_port
+from sd3.common.supervise import send
 
 ENGINES = [pytest.param("diffusers", marks=pytest.mark.upstream), "native"]
 
@@ -163,7 +164,7 @@ def test_a_signal_to_every_process_leaves_a_checkpoint(
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     for pid in processes_of(run):
-        os.kill(pid, signal.SIGTERM)
+        send(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     (made,) = run.glob("checkpoint-*/complete")
