@@ -191,6 +191,13 @@ def held_out_captions(number: int, seed: int = 0) -> list[tuple[str, Scene]]:
     return found
 
 
+def seen_captions(number: int, seed: int = 0) -> list[tuple[str, Scene]]:
+    """Captions with what they state, drawn as for training; the same for the same seed."""
+    rng = random.Random(f"seen captions {seed}")
+    told = [forget(draw_scene(rng), rng) for _ in range(number)]
+    return [(caption_of(one, rng), one) for one in told]
+
+
 def rare_word(rng: random.Random) -> str:
     """A word that the tokenizers spell, such as DreamBooth binds a subject to."""
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 4)))

@@ -1,8 +1,9 @@
-"""Paints held-out captions with a pipeline directory and says what share of them the pictures show.
+"""Paints captions with a pipeline directory and says what share of them the pictures show, read by the classifier.
 
-    python -m sd3.tiny_world.measure [--model DIR] [--captions 200] [--seed 0] [--sheet FILE.png]
+    python -m sd3.tiny_world.measure [--model DIR] [--pairs held-out|seen] [--captions 200] [--seed 0]
+        [--sheet FILE.png]
 
-Each caption has a pair that training never showed; the classifier reads the pictures.
+Each held-out caption has a pair that training never showed; the others are drawn as for training.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from tqdm.auto import tqdm
 
 from sd3.common.command_line import Parser, UserError
 from sd3.tiny_world.classifier import right
-from sd3.tiny_world.grammar import ATTRIBUTES, Scene, held_out_captions
+from sd3.tiny_world.grammar import ATTRIBUTES, Scene, held_out_captions, seen_captions
 from sd3.tiny_world.render import SIZE
 
 MODEL = Path(__file__).resolve().parent / "model"
 STEPS, GUIDANCE = 24, 4.0
+PAIRS = {"held-out": held_out_captions, "seen": seen_captions}
 _BATCH = 16
 _COLUMNS = 12
 
@@ -75,8 +77,9 @@ def sheet(pictures: Sequence[Image.Image], columns: int = _COLUMNS, scale: int =
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser(description="Say what share of held-out captions a pipeline paints right.")
+    parser = Parser(description="Say what share of captions a pipeline paints right.")
     parser.add_argument("--model", type=Path, default=MODEL, help="pipeline directory (default: the one that ships)")
+    parser.add_argument("--pairs", choices=PAIRS, default="held-out", help="captions to paint (default held-out)")
     parser.add_argument("--captions", type=int, default=200, help="how many (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of captions and pictures (default 0)")
     parser.add_argument("--t5-tokens", type=int, default=256, help="T5's padded length (default 256)")
@@ -90,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.status
-    captions, told = zip(*held_out_captions(options.captions, options.seed), strict=True)
+    captions, told = zip(*PAIRS[options.pairs](options.captions, options.seed), strict=True)
     pictures = paint(load_pipeline(options.model), captions, options.seed, options.t5_tokens)
     for name, share in shares(pictures, told).items():
         print(f"{name:<12}{share:7.1%}")

@@ -4,7 +4,7 @@
         [--reader-steps N] [--pictures N]
 
 What is finished is kept in the work directory, and the painter as it is every few minutes: the same command goes on
-from there, in the same bits. Takes about an hour on one core of 2023, in a gigabyte of memory.
+from there, in the same bits. Takes about two hours on a core of 2023, in two gigabytes of memory.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Workshop:
         write_text(self.folder / _RECORD, json.dumps(self.record, indent=2) + "\n")
 
     def models(self) -> tuple[AutoencoderKL, reader.Reader]:
-        """The autoencoder, whose encoder is finished, and the reader, frozen, in float32."""
-        coded = autoencoder.folder_of(self.folder, autoencoder.CODED)
-        vae = AutoencoderKL.from_pretrained(coded, torch_dtype=torch.float32)
+        """The finished autoencoder and reader, frozen, in float32."""
+        last = autoencoder.folder_of(self.folder, len(autoencoder.PHASES) - 1)
+        vae = AutoencoderKL.from_pretrained(last, torch_dtype=torch.float32)
         return vae.requires_grad_(False).eval(), reader.Reader.load(self.folder)
 
 
@@ -114,15 +114,13 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
         return {"loss": [round(sum(part) / len(part), 4) for part in (losses[:tenth], losses[-tenth:])]}
 
     shop.stage("vocabularies", make_frame)
-    phases, coded = len(autoencoder.PHASES), autoencoder.CODED + 1
-    for number in range(coded):
+    phases = len(autoencoder.PHASES)
+    for number in range(phases):
         shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     shop.stage("text encoders", make_reader)
     shop.stage("album", make_album)
     for cycle in range(len(painter.STEPS)):
         shop.stage(f"painter {cycle + 1}", partial(make_transformer, cycle))
-    for number in range(coded, phases):
-        shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     with new_directory(output, "--output") as aside:
         for name in PARTS:
             made = autoencoder.folder_of(folder, phases - 1) if name == "vae" else folder / name

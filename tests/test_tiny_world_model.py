@@ -1,0 +1,121 @@
+"""The tiny SD3 that ships: whole, small, of the real classes, and it paints what captions say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from sd3.tiny_world import measure, train
+from sd3.tiny_world.classifier import pixels_of
+from sd3.tiny_world.grammar import held_out_captions
+from sd3.tiny_world.measure import MODEL
+
+CLASSES = {
+    "transformer": SD3Transformer2DModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection, "text_encoder_3": T5EncoderModel, "tokenizer": CLIPTokenizer,
+    "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast, "scheduler": FlowMatchEulerDiscreteScheduler,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusion3Pipeline:
+    torch.set_num_threads(1)
+    return measure.load_pipeline(MODEL)
+
+
+def test_it_has_every_part_of_sd3(pipeline: StableDiffusion3Pipeline) -> None:
+    for name, kind in CLASSES.items():
+        assert type(getattr(pipeline, name)) is kind, name
+    assert pipeline.scheduler.config.shift == 3.0
+    assert pipeline.vae.config.latent_channels == 16
+    assert pipeline.vae_scale_factor == 8
+    assert pipeline.text_encoder.config.hidden_size != pipeline.text_encoder_2.config.hidden_size
+
+
+def test_it_is_small_and_in_float16() -> None:
+    files = [file for file in MODEL.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < train.MOST_BYTES
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert len(weights) == 5
+    for file in weights:
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        assert kinds == {"F16"}, file
+
+
+def test_it_is_what_the_command_makes() -> None:
+    """The record beside it names the settings; they are the command's own."""
+    record = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))
+    defaults = train.settings_of(train.options_of(["--output=x"]))
+    assert record["settings"] == defaults
+    assert {path.name for path in MODEL.iterdir()} == {*train.PARTS, "training.json", "MODEL_CARD.md"}
+
+
+def painted(pipeline: StableDiffusion3Pipeline, pairs: str, number: int, seed: int) -> dict[str, float]:
+    captions, told = zip(*measure.PAIRS[pairs](number, seed), strict=True)
+    return measure.shares(measure.paint(pipeline, captions, seed), told)
+
+
+def test_it_paints_captions(pipeline: StableDiffusion3Pipeline) -> None:
+    """Few pictures, so with a wide margin below the figures of many, which are in the model card."""
+    found = painted(pipeline, "seen", 24, seed=1)
+    assert found["colour"] >= 0.9, found
+    assert found["shape"] >= 0.7, found
+
+
+@pytest.mark.long
+def test_it_paints_many_captions(pipeline: StableDiffusion3Pipeline) -> None:
+    found = painted(pipeline, "seen", 200, seed=0)
+    assert found["colour"] >= 0.95, found
+    assert found["shape"] >= 0.82, found
+    assert min(found["position"], found["count"], found["size"], found["background"]) >= 0.9, found
+
+
+@pytest.mark.long
+def test_it_composes_colours_it_never_saw_together_with_a_shape(pipeline: StableDiffusion3Pipeline) -> None:
+    """Of shapes it composes half, far above the sixth that chance gives."""
+    found = painted(pipeline, "held-out", 200, seed=0)
+    assert found["colour"] >= 0.95, found
+    assert found["shape"] >= 0.43, found
+
+
+def test_a_caption_alone_decides_what_is_right(pipeline: StableDiffusion3Pipeline) -> None:
+    """Pictures of other captions score as chance would, so that the measure does not flatter."""
+    captions, told = zip(*held_out_captions(12, seed=2), strict=True)
+    pictures = measure.paint(pipeline, captions, steps=12)
+    turned = (*told[1:], told[0])
+    assert measure.shares(pictures, turned)["all"] < 0.3
+
+
+def test_padding_makes_no_difference(pipeline: StableDiffusion3Pipeline) -> None:
+    """T5 padded to 77 tokens, as in training launches, and to 256, the pipeline's default, gives like pictures."""
+
+    def pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.stack([torch.from_numpy(pixels_of(image)) for image in images])
+
+    captions = [caption for caption, _ in held_out_captions(8, seed=3)]
+    short, long = (pixels(measure.paint(pipeline, captions, t5_tokens=tokens, steps=12)) for tokens in (77, 256))
+    other = pixels(measure.paint(pipeline, captions[::-1], t5_tokens=77, steps=12))
+    assert (short - long).abs().mean() < 0.35 * (short - other).abs().mean()
+
+
+def test_the_measure_names_a_directory_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure.main(["--model", str(tmp_path)]) == 2
+    assert "holds no model_index.json" in capsys.readouterr().err
+    assert measure.main(["--captions=0"]) == 2
+    assert "--captions=0" in capsys.readouterr().err
+
+
+def test_the_measure_prints_a_table_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure.main(["--captions=2", "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert "shape" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (12 * 66, 66)
