@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from safetensors.torch import load_file
 
 from sd3.common.model_parts import make_transformer
 from sd3.common.tiny_sd3 import write_frame
@@ -21,6 +23,8 @@ from sd3.tiny_world.loop import Trainer, rate, seeded
 from sd3.tiny_world.measure import MODEL
 from sd3.tiny_world.painter import Painter, WeightedKeys, fresh_transformer
 from sd3.tiny_world.sizes import TINY_WORLD
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -47,7 +51,7 @@ def pictures() -> album.Album:
 
 def new_painter(pictures: album.Album, cycle: int = 0) -> Painter:
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
-    return Painter(pictures, shipped_vae(), scheduler, seed=0, cycle=cycle, steps=40)
+    return Painter(pictures, shipped_vae(), scheduler, seed=0, cycle=cycle, steps=24)
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
@@ -112,17 +116,17 @@ def test_a_fresh_painter_predicts_nothing() -> None:
 
 
 def test_the_painter_learns_and_goes_on_in_the_same_bits(pictures: album.Album, tmp_path: Path) -> None:
-    """The loss starts near 2, noise and latents each having a spread of 1, and falls below 1.2 in 40 steps."""
+    """The loss starts near 2, noise and latents each having a spread of 1, and falls by a sixth in 24 steps."""
     whole = new_painter(pictures)
     whole.train(tmp_path / "whole.safetensors")
     losses = whole.trainer.losses
     assert 1.6 < losses[0] < 2.6
-    assert sum(losses[-5:]) / 5 < 1.2
+    assert sum(losses[-5:]) / 5 < 5 / 6 * losses[0]
     first = new_painter(pictures)
-    first.train(tmp_path / "kept.safetensors", until=12)
+    first.train(tmp_path / "kept.safetensors", until=6)
     second = new_painter(pictures)
-    second.train(tmp_path / "kept.safetensors", until=20)
-    assert second.trainer.losses == losses[:20]
+    second.train(tmp_path / "kept.safetensors", until=10)
+    assert second.trainer.losses == losses[:10]
     cycle = new_painter(pictures, cycle=1)
     cycle.begin_from(tmp_path / "whole.safetensors")
     for name, weight in cycle.trainer.weights.items():
@@ -132,9 +136,9 @@ def test_the_painter_learns_and_goes_on_in_the_same_bits(pictures: album.Album, 
     whole.save(tmp_path / "transformer")
     saved = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     assert all(isinstance(one, JointAttnProcessor2_0) for one in saved.attn_processors.values())
-    assert saved.dtype == torch.float16
     name = "proj_out.weight"
-    torch.testing.assert_close(saved.state_dict()[name], whole.trainer.average[name].half())
+    written = load_file(tmp_path / "transformer" / WEIGHTS)[name]
+    assert torch.equal(written, whole.trainer.average[name].half())
 
 
 def test_the_trainer_goes_on_in_the_same_bits(tmp_path: Path) -> None:
@@ -153,14 +157,15 @@ def test_the_trainer_goes_on_in_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.long
 def test_the_autoencoder_learns(tmp_path: Path) -> None:
-    """The pixels' error after 50 steps is less than four fifths of what it is after 2."""
+    """The pixels' error after 300 steps is less than half of what it is after 2."""
     early = autoencoder.train_autoencoder(tmp_path / "early", 0, 0, steps=2)
-    late = autoencoder.train_autoencoder(tmp_path / "late", 0, 0, steps=50)
-    print(early, late)
-    assert late < 0.8 * early
+    late = autoencoder.train_autoencoder(tmp_path / "late", 0, 0, steps=300)
+    assert late < 0.5 * early, (early, late)
     saved = AutoencoderKL.from_pretrained(autoencoder.folder_of(tmp_path / "late", 0))
-    assert saved.dtype == torch.float16
+    written = load_file(autoencoder.folder_of(tmp_path / "late", 0) / WEIGHTS)
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
     with torch.no_grad():
         rng = random.Random("latents 0")
         draws = [autoencoder.render(autoencoder.draw_scene(rng), rng, loose=True) for _ in range(64)]
@@ -170,30 +175,17 @@ def test_the_autoencoder_learns(tmp_path: Path) -> None:
     assert abs(scaled.std() - 1) < 0.1
 
 
-def test_the_last_phase_leaves_the_latents_of_the_world_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their change is a fraction of what it is without the anchor, and the configuration stays."""
-    autoencoder.train_autoencoder(tmp_path, 0, 0, steps=1)
+def test_a_phase_begins_with_what_the_one_before_left(tmp_path: Path) -> None:
+    """One step with noise and faces shakes a trained autoencoder, which stays far better than a fresh one."""
     last = len(autoencoder.PHASES) - 1
-    before_folder, after_folder = (autoencoder.folder_of(tmp_path, number) for number in (last - 1, last))
-    autoencoder.folder_of(tmp_path, 0).rename(before_folder)
-    rng = random.Random(1)
-    drawn = autoencoder.as_tensor([autoencoder.render(autoencoder.draw_scene(rng), rng, loose=True) for _ in range(16)])
-    before = AutoencoderKL.from_pretrained(before_folder).float()
-
-    def change() -> float:
-        autoencoder.train_autoencoder(tmp_path, 0, last, steps=25)
-        after = AutoencoderKL.from_pretrained(after_folder).float()
-        assert after.config.scaling_factor == before.config.scaling_factor
-        with torch.no_grad():
-            latents = [vae.encode(drawn).latent_dist.mean for vae in (before, after)]
-        return (latents[0] - latents[1]).square().mean().sqrt().item()
-
-    anchored = change()
-    phases = (*autoencoder.PHASES[:-1], autoencoder.PHASES[-1]._replace(anchored=1e-9))
-    monkeypatch.setattr(autoencoder, "PHASES", phases)
-    assert anchored < 0.5 * change()
+    shutil.copytree(MODEL / "vae", autoencoder.folder_of(tmp_path, last - 1))
+    assert autoencoder.train_autoencoder(tmp_path, 0, last, steps=1) < 0.15
+    assert autoencoder.train_autoencoder(tmp_path, 0, 0, steps=1) > 0.2
+    config = json.loads((autoencoder.folder_of(tmp_path, last) / "config.json").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps(config)
 
 
+@pytest.mark.long
 def test_the_reader_learns_to_tell_shapes_and_colours(tmp_path: Path) -> None:
     """In 60 steps the first CLIP's projection tells more than half of the shapes, of which there are six."""
     rows = write_frame(tmp_path, words())
@@ -211,6 +203,7 @@ def test_the_reader_learns_to_tell_shapes_and_colours(tmp_path: Path) -> None:
 SHORT = {"seed": 0, "steps": 2, "autoencoder_steps": 1, "reader_steps": 1, "pictures": 64}
 
 
+@pytest.mark.long
 def test_one_command_makes_the_same_directory_each_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
     for name in ("a", "b"):
@@ -229,6 +222,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(autoencoder, "PHASES", autoencoder.PHASES[:1])
     with monkeypatch.context() as patch:
         patch.setattr(reader, "train_reader", stop)
         with pytest.raises(KeyboardInterrupt):
