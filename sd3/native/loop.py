@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -43,7 +44,7 @@ from sd3.native.utilization import Work, device_name, work_of
 
 logger = logging.getLogger(__name__)
 # What holds process groups lives as long as the process: gloo's threads may wait for the interpreter's lock while the
-# one that collects their group waits for them, and a run of several ranks would never end. See `leave`.
+# one that collects their group waits for them, and a run of several ranks would never end. See `train`.
 KEPT: list[object] = []
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -60,8 +61,16 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
 
 
-def leave(status: int) -> NoReturn:
-    """End the process with all that is buffered written, and nothing collected; see KEPT."""
+def train(kind: str) -> NoReturn:
+    """The whole process of a script: `main`, then the end, with all that is buffered written and nothing collected.
+
+    Where `main` fails by a bug the status is 1, and the stack is shown.
+    """
+    try:
+        status = main(kind)
+    except Exception:
+        traceback.print_exc()
+        status = 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

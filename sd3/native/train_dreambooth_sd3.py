@@ -12,10 +12,9 @@ from sd3.common.start import start  # noqa: E402
 
 def main() -> None:
     """Train, and end the process."""
-    from sd3.native.loop import leave
-    from sd3.native.loop import main as train
+    from sd3.native.loop import train
 
-    leave(train("full"))
+    train("full")
 
 
 if __name__ == "__main__":
