@@ -69,6 +69,23 @@ def test_a_run_without_a_checkout_is_recorded_whole(bare: Path, arguments: list[
     assert repeated["environment"]["PYTHONPATH"] == f"{bare}:mine"
 
 
+def test_a_launcher_runs_its_own_project_wherever_it_is_started(
+    bare: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    """In another copy of the project Python would find that one's modules first."""
+    other = tmp_path / "other" / "sd3" / "common"
+    other.mkdir(parents=True)
+    for name in ("devices", "preflight", "run_environment", "supervise", "report"):
+        assert (bare / "sd3" / "common" / f"{name}.py").is_file()
+        (other / f"{name}.py").write_text("raise SystemExit(9)\n")
+    for package in (other, other.parent):
+        (package / "__init__.py").touch()
+    result = launch(bare, DDP, *arguments, cwd=tmp_path / "other")
+    assert result.returncode == 0, result.stdout + result.stderr
+    made = {path.name for path in (tmp_path / "the run").iterdir()}
+    assert {"environment.json", "report.json", "stub-0.json"} <= made
+
+
 def test_a_run_of_the_patched_scripts_records_their_ids(patched: Path, arguments: list[str], tmp_path: Path) -> None:
     result = launch(patched, DDP, *arguments)
     assert result.returncode == 0, result.stderr

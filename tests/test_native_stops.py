@@ -7,6 +7,8 @@ import os
 import pkgutil
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -197,20 +199,34 @@ class LossAt:
         steps.FlowMatching.loss = loss
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_checkpoint(
-    tiny_model: Path, dog_dir: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    run = arguments(
-        output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=6", "--checkpointing_steps=2", "--log_every=50"
-    )
-    assert native_runs.finished(native_runs.forked(*run, before=LossAt(4, float("nan")))) == 1
-    log = native_runs.log_of(output).read_text()
-    assert "the loss of step 4 is nan (pictures: 0" in log
-    assert f"The last good checkpoint: {output / 'checkpoint-2'}" in log
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
-    on = native_runs.forked(*run, "--continue_on_nonfinite", before=LossAt(4, float("nan")))
-    assert native_runs.finished(on) == 0
+ENDING = """
+import atexit, sys
+from sd3.native import loop
+
+class Group:
+    def __del__(self):
+        print("collected")
+
+def main(kind):
+    loop.KEPT.append(Group())
+    sys.stdout.write("last words, " + kind)
+    {end}
+
+atexit.register(print, "atexit")
+loop.main = main
+loop.train("full")
+"""
+
+
+@pytest.mark.parametrize(("end", "status", "shown"), [("return 7", 7, ""), ("raise ValueError('a bug')", 1, "a bug")])
+def test_a_process_ends_with_what_it_said_and_collects_no_group(end: str, status: int, shown: str) -> None:
+    """Ranks that collected their process groups were seen to wait for ever, their results written."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ENDING.format(end=end)], cwd=native_runs.PROJECT, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (status, "last words, full")
+    assert shown in ended.stderr and ("Traceback" in ended.stderr) == bool(shown)
 
 
 class GradientAt:
@@ -233,18 +249,28 @@ class GradientAt:
         accelerate.Accelerator.backward = backward
 
 
-def test_a_gradient_that_is_not_finite_stops_before_such_weights_reach_a_checkpoint(
-    tiny_model: Path, dog_dir: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (LossAt(4, float("nan")), "the loss of step 4 is nan (pictures: 0"),
+        (GradientAt(4), "the gradient's norm of step 4 is"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_stops_the_run_before_it_reaches_a_checkpoint(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path, spoil: LossAt | GradientAt, says: str
 ) -> None:
     output = tmp_path / "run"
     run = arguments(
         output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=6", "--checkpointing_steps=2", "--log_every=50"
     )
-    assert native_runs.finished(native_runs.forked(*run, before=GradientAt(4))) == 1
+    assert native_runs.finished(native_runs.forked(*run, before=spoil)) == 1
     log = native_runs.log_of(output).read_text()
-    assert "the gradient's norm of step 4 is" in log
+    assert says in log
     assert f"The last good checkpoint: {output / 'checkpoint-2'}" in log
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    on = native_runs.forked(*run, "--continue_on_nonfinite", before=spoil)
+    assert native_runs.finished(on) == 0
 
 
 def no_room() -> None:

@@ -19,7 +19,13 @@ OPTION=(
   [main_process_port]=29500 [device]=auto [engine]=auto [seed]=""
 )
 
-project_python() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
+# Runs a module of this project, whatever directory it is started from: with -m Python would look there first, and in
+# another copy of the project find that one's.
+RUN_MODULE='
+import runpy, sys
+sys.path = [path for path in sys.path if path]
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
+project_module() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -c "$RUN_MODULE" "$@"; }
 
 # The engine whose checkpoints a resumed run holds: the native one's have a manifest; else what the settings say.
 engine_of_run() {
@@ -65,7 +71,7 @@ choose_device() {
   if [ "${OPTION[device]}" = npu ] || { [ "${OPTION[device]}" = auto ] && npu_device_there; }; then
     source_cann || exit 3
   fi
-  found="$(project_python -m sd3.common.devices --device="${OPTION[device]}")" || exit $?
+  found="$(project_module sd3.common.devices --device="${OPTION[device]}")" || exit $?
   found="$(tail -n 1 <<<"$found")"
   DEVICE="${found% *}"
   visible="${found#* }"
@@ -236,9 +242,7 @@ prepare_run_dir() {
     quoted_command
   } | write_file "$RUN_DIR/command.sh"
   settings_json | write_file "$RUN_DIR/run_settings.json"
-  # From the project's directory: started from another copy of the project, that one would be described.
-  (cd "$PROJECT_DIR" && project_python -m sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE") |
-    write_file "$RUN_DIR/environment.json"
+  project_module sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE" | write_file "$RUN_DIR/environment.json"
 }
 
 # pass_on SIGNAL STATUS: to the supervisor, the only background process of this shell.
@@ -258,7 +262,7 @@ launch() {
   choose_device
   settle_paths
   build_command
-  settings_json | project_python -m sd3.common.preflight || exit $?
+  settings_json | project_module sd3.common.preflight || exit $?
   if [ -n "${GIVEN[dry-run]:-}" ]; then
     quoted_command
     return 0
@@ -271,8 +275,8 @@ launch() {
   trap 'pass_on TERM 143' TERM HUP
   # Descriptor 8 is the run's lock: this shell's alone, so that no stray process can hold it.
   # No function here: $! must be Python itself.
-  PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m sd3.common.supervise --log "$RUN_DIR/$log" --grace "${SD3_STOP_GRACE:-60}" \
-    -- "${COMMAND[@]}" 8>&- &
+  PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -c "$RUN_MODULE" sd3.common.supervise --log "$RUN_DIR/$log" \
+    --grace "${SD3_STOP_GRACE:-60}" -- "${COMMAND[@]}" 8>&- &
   # A signal interrupts wait; the supervisor is then still ending the ranks.
   while :; do
     status=0
@@ -281,7 +285,7 @@ launch() {
   done
   trap - INT TERM HUP
   if [ "${OPTION[machine_rank]}" -eq 0 ]; then
-    project_python -m sd3.common.report "$RUN_DIR" --exit-status "$status" || true
+    project_module sd3.common.report "$RUN_DIR" --exit-status "$status" || true
   fi
   exit "$status"
 }

@@ -6,8 +6,12 @@ import argparse
 import contextlib
 import logging
 import math
+import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import diffusers
 import torch
@@ -39,6 +43,9 @@ from sd3.native.stream import Stream
 from sd3.native.utilization import Work, device_name, work_of
 
 logger = logging.getLogger(__name__)
+# What holds process groups lives as long as the process: gloo's threads may wait for the interpreter's lock while the
+# one that collects their group waits for them, and a run of several ranks would never end. See `train`.
+KEPT: list[object] = []
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -52,6 +59,22 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
             return run(options, kind, accelerator)
     except UserError as error:
         return refuse(error)
+
+
+def train(kind: str) -> NoReturn:
+    """The whole process of a script: `main`, then the end, with all that is buffered written and nothing collected.
+
+    Where `main` fails by a bug the status is 1, and the stack is shown.
+    """
+    try:
+        status = main(kind)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -171,6 +194,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     log_every = options.log_every or (1 if device.type == "cpu" else 10)
     profile = Profile(options.profile, Path(options.output_dir) / "profile", accelerator.process_index, device.type)
     stopper = Stopper()
+    KEPT.extend((model, optimizer, checkpoints, stopper))
     logger.info(
         "Training %s: %d samples, %d steps of %d, %d an epoch.",
         kind, len(items), steps, stream.samples_a_step, stream.steps_an_epoch,
@@ -196,6 +220,8 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
             logger.warning("Stopped by signal %d after step %d; checkpoint-%d is complete.", signal, step, step)
             metrics.close()
             profile.close()
+            for tracker in accelerator.trackers:
+                tracker.finish()
             return 128 + signal
         epoch, rest = divmod(step, stream.steps_an_epoch)
         if rest == 0 and painter.due(epoch - 1) and accelerator.is_main_process:

@@ -10,13 +10,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from sd3.common.start import start  # noqa: E402
 
 
-def main() -> int:
-    """Train; returns the exit status."""
-    from sd3.native.loop import main as train
+def main() -> None:
+    """Train, and end the process."""
+    from sd3.native.loop import train
 
-    return train("lora")
+    train("lora")
 
 
 if __name__ == "__main__":
     start()
-    sys.exit(main())
+    main()
