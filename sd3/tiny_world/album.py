@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from sd3.common.files import new_file
 from sd3.common.model_sizes import CLIP_TOKENS
 from sd3.tiny_world.autoencoder import as_tensor
-from sd3.tiny_world.grammar import caption_of, draw_scene, forget, rare_word, with_rare_word
+from sd3.tiny_world.grammar import Scene, caption_of, draw_scene, forget, rare_word, with_rare_word
 from sd3.tiny_world.reader import Reader, draw_length
 from sd3.tiny_world.render import render
 
@@ -59,12 +60,15 @@ def _caption(scene_rng: random.Random, told: str) -> str:
 
 
 @torch.no_grad()
-def make_album(vae: AutoencoderKL, reader: Reader, seed: int, pictures: int = PICTURES) -> Album:
-    """Draw and encode one; the same seed gives the same album."""
+def make_album(
+    vae: AutoencoderKL, reader: Reader, seed: int, pictures: int = PICTURES, number: int = 0,
+    hidden: Callable[[Scene], bool] = Scene.is_rare,
+) -> Album:  # fmt: skip
+    """Draw and encode the pictures of album `number`, none of a `hidden` scene; the same seed gives the same album."""
     parts: list[tuple[torch.Tensor, ...]] = []
     for chunk in tqdm(range(-(-pictures // _CHUNK)), "album", mininterval=1):
-        rng = random.Random(f"album {seed} {chunk}")
-        scenes = [draw_scene(rng) for _ in range(_CHUNK)]
+        rng = random.Random(f"album {seed} {number * 1_000_000 + chunk}")
+        scenes = [draw_scene(rng, hidden=hidden) for _ in range(_CHUNK)]
         captions = [_caption(rng, caption_of(forget(scene, rng), rng)) for scene in scenes]
         latents = vae.encode(as_tensor([render(scene, rng) for scene in scenes])).latent_dist.mean
         embeds, pooled = reader(captions, draw_length(rng))

@@ -1,8 +1,8 @@
 """The world's scenes and the captions that describe them. Standard library only.
 
 A scene is a background and one, two or three equal shapes on it. A caption names the shape and how many, and any of
-colour, size, position and background; what it leaves out is free. Pairs in HELD_OUT_* are never drawn for training:
-that a model paints them shows that it composes.
+colour, size, position and background; what it leaves out is free. Some combinations are never drawn for training: that
+a model paints them shows that it composes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
 
 COLOURS = {
@@ -27,11 +27,13 @@ SIZES = ("small", "large")
 POSITIONS = ("left", "right", "top", "bottom", "centre")
 COUNTS = ("one", "two", "three")
 
-HELD_OUT_COLOURS = frozenset(
+# Of scenes with these pairs, half are held out (Scene.is_held_out). The autoencoder, the text encoders and the first
+# cycles of the painter do not see even the other half.
+RARE_COLOURS = frozenset(
     {("red", "triangle"), ("blue", "star"), ("green", "ring"), ("yellow", "cross"), ("purple", "circle"),
      ("orange", "square")}
 )  # fmt: skip
-HELD_OUT_POSITIONS = frozenset({("square", "top"), ("star", "left"), ("circle", "bottom"), ("ring", "right")})
+RARE_POSITIONS = frozenset({("square", "top"), ("star", "left"), ("circle", "bottom"), ("ring", "right")})
 
 _PREFIXES = ("", "", "a picture of ", "a photo of ", "a drawing of ")
 _PLACES = {
@@ -58,9 +60,17 @@ class Scene:
     position: str | None = None
     background: str | None = None
 
+    def is_rare(self) -> bool:
+        """Whether it has one of the rare pairs."""
+        return (self.colour, self.shape) in RARE_COLOURS or (self.shape, self.position) in RARE_POSITIONS
+
     def is_held_out(self) -> bool:
-        """Whether it has a pair that training never shows."""
-        return (self.colour, self.shape) in HELD_OUT_COLOURS or (self.shape, self.position) in HELD_OUT_POSITIONS
+        """Whether it combines a rare pair with a third attribute as training never shows it: position or, of several,
+        count with colour and shape."""
+        if not self.is_rare() or self.colour is None:
+            return False
+        third = self.position or self.count
+        return (list(COLOURS).index(self.colour) + (*POSITIONS, *COUNTS[1:]).index(third)) % 2 == 0
 
 
 ATTRIBUTES = {
@@ -78,8 +88,13 @@ def labels(scene: Scene) -> list[int]:
     ]
 
 
-def draw_scene(rng: random.Random, caption: Scene | None = None) -> Scene:
-    """A scene to paint for training, never a held-out one; it fits `caption` where that is given."""
+def draw_scene(
+    rng: random.Random, caption: Scene | None = None, hidden: Callable[[Scene], bool] = Scene.is_rare
+) -> Scene:
+    """A scene that fits `caption`, where that is given, and of which `hidden` is not true.
+
+    What `caption` states must leave such a scene.
+    """
     caption = caption or Scene(rng.choice(SHAPES), rng.choices(COUNTS, (6, 2, 2))[0])
     while True:
         one = caption.count == "one"
@@ -90,7 +105,7 @@ def draw_scene(rng: random.Random, caption: Scene | None = None) -> Scene:
             position=caption.position or (rng.choice(POSITIONS) if one else None),
             background=caption.background or rng.choice(list(BACKGROUNDS)),
         )
-        if caption.is_held_out() or not scene.is_held_out():
+        if not hidden(scene):
             return scene
 
 
@@ -173,28 +188,31 @@ def told_by(caption: str) -> Scene:
     return Scene(shape, count, one_of(COLOURS), one_of(SIZES), position, one_of(BACKGROUNDS))
 
 
+def _full_name(told: Scene, scene: Scene) -> Scene:
+    """What `told` says, with the colour and the place of the scene."""
+    return replace(told, colour=scene.colour, position=scene.position)
+
+
 def held_out_captions(number: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Captions with what they state, each with a held-out pair; the same for the same seed."""
+    """Captions with what they state, each of a held-out combination; the same for the same seed."""
     rng = random.Random(f"held-out captions {seed}")
-    pairs = [*sorted(HELD_OUT_COLOURS), *sorted(HELD_OUT_POSITIONS)]
+    pairs = [*sorted(RARE_COLOURS), *sorted(RARE_POSITIONS)]
     found = []
     for index in range(number):
         left, right = pairs[index % len(pairs)]
         count = rng.choices(COUNTS, (6, 2, 2))[0]
-        if right in SHAPES:
-            scene = draw_scene(rng, Scene(right, count, colour=left))
-        else:
-            scene = draw_scene(rng, Scene(left, "one", position=right))
-        told = forget(scene, rng)
-        told = replace(told, colour=scene.colour) if right in SHAPES else replace(told, position=scene.position)
+        wanted = Scene(right, count, colour=left) if right in SHAPES else Scene(left, "one", position=right)
+        scene = draw_scene(rng, wanted, lambda one: not one.is_held_out())
+        told = _full_name(forget(scene, rng), scene)
         found.append((caption_of(told, rng), told))
     return found
 
 
 def seen_captions(number: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Captions with what they state, drawn as for training; the same for the same seed."""
+    """Captions with what they state, of scenes as the painter's training shows them; the same for the same seed."""
     rng = random.Random(f"seen captions {seed}")
-    told = [forget(draw_scene(rng), rng) for _ in range(number)]
+    scenes = [draw_scene(rng, hidden=Scene.is_held_out) for _ in range(number)]
+    told = [_full_name(forget(scene, rng), scene) for scene in scenes]
     return [(caption_of(one, rng), one) for one in told]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -13,12 +15,27 @@ from safetensors.torch import load_file
 from sd3.common.model_parts import make_transformer
 from sd3.native.step import Batch, Draws, FlowMatching
 from sd3.tiny_world.album import Album
+from sd3.tiny_world.grammar import Scene
 from sd3.tiny_world.loop import Trainer, seeded
 from sd3.tiny_world.sizes import TINY_WORLD
 
-STEPS = (4500, 6000)  # of each cycle; the second begins anew, with a rate of its own, from the average of the first
-LEARNING_RATES = (1e-3, 8e-4)
 BATCH = 64
+
+
+class Cycle(NamedTuple):
+    """A part of the training, with a learning rate of its own that ends at nothing."""
+
+    steps: int
+    learning_rate: float
+    hidden: Callable[[Scene], bool]  # what its pictures never show
+
+
+# Each begins from the average of the one before. The last shows what is rare, so that only combinations stay unseen.
+CYCLES = (
+    Cycle(4500, 1e-3, Scene.is_rare),
+    Cycle(6000, 8e-4, Scene.is_rare),
+    Cycle(6000, 8e-4, Scene.is_held_out),
+)
 # What FlowMatching asks of a training: SD3's own sampling of timesteps, no preconditioning (its paper, section 3.1).
 _LOSS = argparse.Namespace(precondition_outputs=False, weighting_scheme="logit_normal", with_prior_preservation=False)
 
@@ -75,7 +92,7 @@ class Painter:
         self.album, self._first_seed = album, seed * 1_000_003 + cycle * 100_003
         self.transformer = seeded(fresh_transformer, seed)
         self.transformer.set_attn_processor(WeightedKeys())
-        self.trainer = Trainer(self.transformer, LEARNING_RATES[cycle], steps or STEPS[cycle])
+        self.trainer = Trainer(self.transformer, CYCLES[cycle].learning_rate, steps or CYCLES[cycle].steps)
         config = vae.config
         self._flow = FlowMatching(
             _LOSS, scheduler, config.shift_factor, config.scaling_factor, torch.float32, torch.device("cpu")

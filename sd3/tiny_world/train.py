@@ -61,9 +61,9 @@ class Workshop:
         write_text(self.folder / _RECORD, json.dumps(self.record, indent=2) + "\n")
 
     def models(self) -> tuple[AutoencoderKL, reader.Reader]:
-        """The finished autoencoder and reader, frozen, in float32."""
-        last = autoencoder.folder_of(self.folder, len(autoencoder.PHASES) - 1)
-        vae = AutoencoderKL.from_pretrained(last, torch_dtype=torch.float32)
+        """The autoencoder, its encoder finished, and the reader, frozen, in float32."""
+        made = autoencoder.folder_of(self.folder, autoencoder.CODES)
+        vae = AutoencoderKL.from_pretrained(made, torch_dtype=torch.float32)
         return vae.requires_grad_(False).eval(), reader.Reader.load(self.folder)
 
 
@@ -96,14 +96,19 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
         rows = shop.record["vocabularies"]
         return _read_shares(reader.train_reader(folder, (rows["clip"], rows["t5"]), seed, settings["reader_steps"]))
 
-    def make_album() -> dict[str, object]:
-        made = album.make_album(*shop.models(), seed, settings["pictures"])
-        album.save_album(made, folder / "album.safetensors")
+    albums = list(dict.fromkeys(cycle.hidden for cycle in painter.CYCLES))
+
+    def album_file(number: int) -> Path:
+        return folder / f"album.{number}.safetensors"
+
+    def make_album(number: int) -> dict[str, object]:
+        made = album.make_album(*shop.models(), seed, settings["pictures"], number, albums[number])
+        album.save_album(made, album_file(number))
         return {}
 
     def make_transformer(cycle: int) -> dict[str, object]:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        pictures = album.load_album(folder / "album.safetensors")
+        pictures = album.load_album(album_file(albums.index(painter.CYCLES[cycle].hidden)))
         one = painter.Painter(pictures, shop.models()[0], scheduler, seed, cycle, settings["steps"])
         if cycle:
             one.begin_from(folder / f"painter.{cycle - 1}.safetensors")
@@ -118,8 +123,9 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
     for number in range(phases):
         shop.stage(f"autoencoder {number + 1}", partial(make_vae, number))
     shop.stage("text encoders", make_reader)
-    shop.stage("album", make_album)
-    for cycle in range(len(painter.STEPS)):
+    for number in range(len(albums)):
+        shop.stage(f"album {number + 1}", partial(make_album, number))
+    for cycle in range(len(painter.CYCLES)):
         shop.stage(f"painter {cycle + 1}", partial(make_transformer, cycle))
     with new_directory(output, "--output") as aside:
         for name in PARTS:
@@ -144,7 +150,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     tables = {
         "autoencoder-steps": ("the autoencoder's phases", [phase.steps for phase in autoencoder.PHASES]),
-        "steps": ("the painter's cycles", painter.STEPS),
+        "steps": ("the painter's cycles", [cycle.steps for cycle in painter.CYCLES]),
     }
     for name, (what, table) in tables.items():
         own = ", ".join(map(str, table))
