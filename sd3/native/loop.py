@@ -43,8 +43,9 @@ from sd3.native.stream import Stream
 from sd3.native.utilization import Work, device_name, work_of
 
 logger = logging.getLogger(__name__)
-# What holds process groups lives as long as the process: gloo's threads may wait for the interpreter's lock while the
-# one that collects their group waits for them, and a run of several ranks would never end. See `train`.
+# What holds process groups lives as long as the process. A thread of gloo that drops a tensor waits for the
+# interpreter's lock, holding the group's; whoever collects the group waits the other way round, for ever. So nothing
+# here destroys a group, Accelerator.end_training included. See `train`.
 KEPT: list[object] = []
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -220,8 +221,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
             logger.warning("Stopped by signal %d after step %d; checkpoint-%d is complete.", signal, step, step)
             metrics.close()
             profile.close()
-            for tracker in accelerator.trackers:
-                tracker.finish()
+            finish_trackers(accelerator)
             return 128 + signal
         epoch, rest = divmod(step, stream.steps_an_epoch)
         if rest == 0 and painter.due(epoch - 1) and accelerator.is_main_process:
@@ -238,8 +238,14 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         pictures = painter.paint(trained, epochs - 1, "test") if painter.wanted else []
         if repository:
             hub.upload(options, repository, pictures, kind, bool(options.train_text_encoder))
-    accelerator.end_training()
+    finish_trackers(accelerator)
     return 0
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """What Accelerator.end_training does, but for destroying the process groups; see KEPT."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def agreed_seed(options: argparse.Namespace) -> int:
