@@ -1,4 +1,4 @@
-"""The small world: captions fit, pictures are what their captions say, held-out pairs stay unseen."""
+"""The small world: captions fit, pictures are what their captions say, held-out combinations stay unseen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sd3.common.synthetic_data import make_subject
 from sd3.common.tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from sd3.tiny_world import grammar
 from sd3.tiny_world.classifier import read, right
-from sd3.tiny_world.grammar import COLOURS, HELD_OUT_COLOURS, HELD_OUT_POSITIONS, SHAPES, Scene, draw_scene
+from sd3.tiny_world.grammar import COLOURS, RARE_COLOURS, RARE_POSITIONS, SHAPES, Scene, draw_scene
 from sd3.tiny_world.render import SIZE, render, to_image
 from sd3.tiny_world.subject import draw_figure, draw_pose, subject_picture, subject_score
 
@@ -74,25 +74,49 @@ def test_rare_words_are_spelled_and_change_nothing_else(tokenizers) -> None:
         assert 2 <= len(rare) - len(plain) <= 5
 
 
-def test_training_never_shows_what_is_held_out() -> None:
+def pairs_of(drawn: list[Scene]) -> tuple[set, set]:
+    return {(s.colour, s.shape) for s in drawn}, {(s.shape, s.position) for s in drawn if s.position}
+
+
+def test_encoders_never_see_rare_pairs() -> None:
     rng = random.Random(0)
-    drawn = [draw_scene(rng) for _ in range(5000)]
-    colours, positions = {(s.colour, s.shape) for s in drawn}, {(s.shape, s.position) for s in drawn}
-    assert not colours & HELD_OUT_COLOURS
-    assert not positions & HELD_OUT_POSITIONS
-    # Everything else is shown, and every held-out word with other partners.
-    assert len(colours) == len(COLOURS) * len(SHAPES) - len(HELD_OUT_COLOURS)
-    assert len([pair for pair in positions if pair[1]]) == len(SHAPES) * 5 - len(HELD_OUT_POSITIONS)
+    colours, positions = pairs_of([draw_scene(rng) for _ in range(5000)])
+    # Everything else is shown, and every rare pair's words with other partners.
+    assert colours == {(colour, shape) for colour in COLOURS for shape in SHAPES} - RARE_COLOURS
+    assert positions == {(shape, place) for shape in SHAPES for place in grammar.POSITIONS} - RARE_POSITIONS
 
 
-def test_held_out_captions_each_have_such_a_pair() -> None:
+def test_the_painter_sees_every_pair_and_no_held_out_combination() -> None:
+    rng = random.Random(0)
+    drawn = [draw_scene(rng, hidden=Scene.is_held_out) for _ in range(10_000)]
+    assert not any(scene.is_held_out() for scene in drawn)
+    colours, positions = pairs_of(drawn)
+    assert len(colours) == len(COLOURS) * len(SHAPES)
+    assert len(positions) == len(SHAPES) * len(grammar.POSITIONS)
+    # Of what has a rare pair about half is shown.
+    places = [*grammar.POSITIONS, "two", "three"]
+    combined = [
+        Scene(shape, place if place in grammar.COUNTS else "one", colour, position=None if place in grammar.COUNTS else place)
+        for shape in SHAPES for colour in COLOURS for place in places
+    ]  # fmt: skip
+    rare = [scene for scene in combined if scene.is_rare()]
+    assert 0.4 < sum(scene.is_held_out() for scene in rare) / len(rare) < 0.6
+    assert not any(scene.is_held_out() for scene in combined if not scene.is_rare())
+
+
+def test_captions_to_measure_by_say_what_decides() -> None:
+    """Held-out ones are held out for all that they leave open, and the others for nothing."""
     found = grammar.held_out_captions(100)
     assert found == grammar.held_out_captions(100) != grammar.held_out_captions(100, seed=1)
     everything = set(grammar.all_captions())
     for caption, told in found:
         assert caption in everything
         assert told.is_held_out(), caption
-        assert all(value in caption for value in (told.shape[:5], told.colour) if value)
+        assert all(value in caption for value in (told.shape[:5], told.colour))
+    for caption, told in grammar.seen_captions(100):
+        assert caption in everything
+        assert not told.is_held_out(), caption
+        assert told.colour and (told.position or told.count != "one"), caption
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.9])

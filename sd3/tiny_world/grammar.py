@@ -200,9 +200,11 @@ def held_out_captions(number: int, seed: int = 0) -> list[tuple[str, Scene]]:
     found = []
     for index in range(number):
         left, right = pairs[index % len(pairs)]
-        count = rng.choices(COUNTS, (6, 2, 2))[0]
-        wanted = Scene(right, count, colour=left) if right in SHAPES else Scene(left, "one", position=right)
-        scene = draw_scene(rng, wanted, lambda one: not one.is_held_out())
+        scene = Scene(right)
+        while not scene.is_held_out():
+            count = rng.choices(COUNTS, (6, 2, 2))[0]
+            pair = Scene(right, count, colour=left) if right in SHAPES else Scene(left, position=right)
+            scene = draw_scene(rng, pair, hidden=lambda _: False)
         told = _full_name(forget(scene, rng), scene)
         found.append((caption_of(told, rng), told))
     return found
