@@ -94,11 +94,10 @@ def test_the_painter_sees_every_pair_and_no_held_out_combination() -> None:
     assert len(colours) == len(COLOURS) * len(SHAPES)
     assert len(positions) == len(SHAPES) * len(grammar.POSITIONS)
     # Of what has a rare pair about half is shown.
-    places = [*grammar.POSITIONS, "two", "three"]
+    places = [*(("one", position) for position in grammar.POSITIONS), ("two", None), ("three", None)]
     combined = [
-        Scene(shape, place if place in grammar.COUNTS else "one", colour, position=None if place in grammar.COUNTS else place)
-        for shape in SHAPES for colour in COLOURS for place in places
-    ]  # fmt: skip
+        Scene(shape, count, colour, position=place) for shape in SHAPES for colour in COLOURS for count, place in places
+    ]
     rare = [scene for scene in combined if scene.is_rare()]
     assert 0.4 < sum(scene.is_held_out() for scene in rare) / len(rare) < 0.6
     assert not any(scene.is_held_out() for scene in combined if not scene.is_rare())
