@@ -210,7 +210,7 @@ def destroy_no_group() -> None:
 
 
 def test_ranks_end_without_destroying_their_groups(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
-    """A thread of gloo that drops a tensor and the main thread that drops its group were seen to wait for each other."""
+    """A thread of gloo that drops a tensor and the thread that drops its group were seen to wait for each other."""
     run = arguments(tmp_path / "run", tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=1")
     ranks = native_runs.forked_ranks(*run, before=destroy_no_group)
     assert [native_runs.finished(rank) for rank in ranks] == [0, 0]
