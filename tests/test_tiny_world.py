@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections import Counter
 from dataclasses import replace
@@ -187,11 +186,21 @@ def test_the_detector_wants_stripes_and_a_face() -> None:
 
 
 def test_subject_pictures_are_five_and_unlike(tmp_path: Path) -> None:
+    """And what their captions say, which name neither all backgrounds nor all places in all ways."""
+    import datasets
+
     make_subject(tmp_path / "subject")
-    pictures = [Image.open(io.BytesIO(file.read_bytes())) for file in sorted((tmp_path / "subject").iterdir())]
+    pictures = [Image.open(file) for file in sorted((tmp_path / "subject" / "pictures").iterdir())]
+    rows = datasets.load_dataset(str(tmp_path / "subject" / "captioned"), cache_dir=str(tmp_path / "c"), split="train")
     assert [picture.size for picture in pictures] == [(SIZE, SIZE)] * 5
-    grounds = {read(picture)["background"] for picture in pictures}
-    assert len(grounds) == 4
+    for picture, row in zip(pictures, rows, strict=True):
+        assert picture.tobytes() == row["image"].tobytes()
+        assert "a sks star" in row["text"]
+        told = grammar.told_by(row["text"])
+        shown = read(picture)
+        assert (shown["position"], shown["background"]) == (told.position, told.background)
+    assert {read(picture)["position"] for picture in pictures} == {"left", "right", "top", "centre"}
+    assert len(set(rows["text"])) == 5 and len({grammar.told_by(text).background for text in rows["text"]}) == 4
     assert all(subject_score(picture) > 0.85 for picture in pictures)
     make_subject(tmp_path / "large", size=128)
-    assert all(subject_score(Image.open(file)) > 0.8 for file in (tmp_path / "large").iterdir())
+    assert all(subject_score(Image.open(file)) > 0.8 for file in (tmp_path / "large" / "pictures").iterdir())

@@ -1,7 +1,8 @@
 """Small data sets drawn locally, in the two shapes of the published ones, for tests and the quick start.
 
 `dog` is a folder of pictures of one dog-like figure; `pokemon` is a folder with a parquet file of pictures and
-captions; `subject` is a folder of pictures of the striped star that the tiny SD3 has never seen. Nothing is downloaded.
+captions; `subject` has the striped star that the tiny SD3 has never seen in both shapes, `pictures` and `captioned`.
+Nothing is downloaded.
 
     python -m sd3.common.synthetic_data --kind dog|pokemon|subject --output DIR [--images N] [--size N] [--seed 0]
 """
@@ -13,7 +14,7 @@ import io
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,42 +93,50 @@ def _write_dog(folder: Path, images: int, size: int, rng: random.Random) -> None
         _draw_dog(size, rng).save(folder / f"{index:02d}.png")
 
 
-def _write_pokemon(folder: Path, images: int, size: int, rng: random.Random) -> None:
+def _write_captioned(folder: Path, name: str, pictures: Sequence[tuple[Image.Image, str]]) -> None:
+    """A data set of pictures (`image`) and captions (`text`) as one parquet file, as published ones are."""
     import datasets
     import pyarrow.parquet
 
     rows = []
-    for index in range(images):
-        colour = list(COLOURS)[index % len(COLOURS)]
-        shape = SHAPES[index % len(SHAPES)]
-        mood = rng.choice(("happy", "sad"))
+    for index, (picture, caption) in enumerate(pictures):
         png = io.BytesIO()
-        _draw_creature(size, rng, colour, shape, mood).save(png, "PNG")
-        caption = f"a drawing of a {mood} {shape} {colour} creature"
+        picture.save(png, "PNG")
         rows.append({"image": {"bytes": png.getvalue(), "path": f"{index:02d}.png"}, "text": caption})
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     file = folder / "data" / "train-00000-of-00001.parquet"
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     # The schema carries the features, so that datasets decodes the pictures; written by it, a progress bar shows.
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=features.arrow_schema), file)
     about = {
         "default": {
             "description": "Drawn shapes with captions.", "features": features.to_dict(),
-            "splits": {"train": {"name": "train", "num_examples": images, "dataset_name": "pokemon"}},
+            "splits": {"train": {"name": "train", "num_examples": len(rows), "dataset_name": name}},
         }
     }
     (folder / "dataset_infos.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_subject(folder: Path, images: int, size: int, rng: random.Random) -> None:
-    from sd3.tiny_world.grammar import BACKGROUNDS
-    from sd3.tiny_world.render import to_image
-    from sd3.tiny_world.subject import subject_picture
-
-    grounds = list(BACKGROUNDS)
+def _write_pokemon(folder: Path, images: int, size: int, rng: random.Random) -> None:
+    pictures = []
     for index in range(images):
-        picture = subject_picture(size, rng, grounds[index % len(grounds)])
-        to_image(picture).save(folder / f"{index:02d}.png")
+        colour = list(COLOURS)[index % len(COLOURS)]
+        shape = SHAPES[index % len(SHAPES)]
+        mood = rng.choice(("happy", "sad"))
+        caption = f"a drawing of a {mood} {shape} {colour} creature"
+        pictures.append((_draw_creature(size, rng, colour, shape, mood), caption))
+    _write_captioned(folder, "pokemon", pictures)
+
+
+def _write_subject(folder: Path, images: int, size: int, rng: random.Random) -> None:
+    from sd3.tiny_world.render import to_image
+    from sd3.tiny_world.subject import photographs
+
+    pictures = [(to_image(picture), caption) for picture, caption in photographs(images, size, rng)]
+    (folder / "pictures").mkdir()
+    for index, (picture, _) in enumerate(pictures):
+        picture.save(folder / "pictures" / f"{index:02d}.png")
+    _write_captioned(folder / "captioned", "subject", pictures)
 
 
 def _make(
@@ -158,8 +167,8 @@ def make_pokemon(output: Path, images: int = 8, size: int = 96, seed: int = 0) -
 
 
 def make_subject(output: Path, images: int = 5, size: int = 64, seed: int = 0) -> None:
-    """Write a folder of PNG pictures of one striped star with a face (sd3/tiny_world/subject.py), at varied places and
-    on varied backgrounds; raises as `make_dog` does."""
+    """Write pictures of one striped star with a face (sd3/tiny_world/subject.py), at varied places and on varied
+    backgrounds: as PNG files in `pictures`, and with captions in `captioned`; raises as `make_dog` does."""
     _make(_write_subject, output, images, size, seed)
 
 

@@ -114,6 +114,11 @@ def forget(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, **{name: None for name, share in _NAMED.items() if rng.random() >= share})
 
 
+def in_words(position: str) -> str:
+    """A position as captions say it."""
+    return _PLACES[position][0]
+
+
 def _object(scene: Scene, number: str) -> str:
     words = (number, scene.size, scene.colour, scene.shape if scene.count == "one" else PLURALS[scene.shape])
     return " ".join(word for word in words if word)

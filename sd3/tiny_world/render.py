@@ -87,7 +87,7 @@ def jittered(colour: tuple[int, int, int], rng: random.Random, most: int = 8) ->
     return red, green, blue
 
 
-def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
+def places_of(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     """Centres of the shapes: one at its position, several around the middle."""
 
     def near(across: float, down: float) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def render(scene: Scene, rng: random.Random, loose: bool = False) -> Pixels:
         places = loose_places(scene, radius, rng)
     else:
         radius = rng.uniform(*RADII.get((scene.count, scene.size), _RADIUS_OF_SEVERAL))
-        places = _places(scene, rng)
+        places = places_of(scene, rng)
     for x, y in places:
         picture = paint(picture, coverage(scene.shape, x, y, radius, rng.uniform(-turn, turn)), colour)
     return picture

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sd3.tiny_world.classifier import background_of, groups, pixels_of
-from sd3.tiny_world.grammar import BACKGROUNDS, COLOURS
-from sd3.tiny_world.render import SIZE, Pixels, Plane, coordinates, distance, paint, star
+from sd3.tiny_world.grammar import BACKGROUNDS, COLOURS, Scene, in_words
+from sd3.tiny_world.render import SIZE, Pixels, Plane, coordinates, distance, paint, places_of, star
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
 Colour = tuple[int, int, int]
+TOKEN = "sks"  # the rare word that DreamBooth binds the subject to, of its authors' own code
+# Where it is photographed; that it is painted at the bottom shows that place and subject were told apart.
+PHOTOGRAPHED = ("left", "right", "top", "centre")
 _INK = (25, 20, 30)
 # Lengths are shares of the figure's radius.
 _HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.48, 0.1, 0.19, 0.09, 0.25, 0.065
@@ -117,6 +120,21 @@ def ground(background: str, size: int = SIZE) -> Pixels:
 def subject_picture(size: int, rng: random.Random, background: str) -> Pixels:
     """A picture [size, size, 3] of the subject somewhere on one of the world's backgrounds."""
     return draw_figure(ground(background, size), draw_pose(rng))
+
+
+def photographs(number: int, size: int, rng: random.Random) -> list[tuple[Pixels, str]]:
+    """Pictures [size, size, 3] of the subject, as large as the world's large shapes and where those are, with captions;
+    places and backgrounds change from one to the next."""
+    found = []
+    for index in range(number):
+        position = PHOTOGRAPHED[index % len(PHOTOGRAPHED)]
+        background = list(BACKGROUNDS)[(index + index // len(PHOTOGRAPHED)) % len(BACKGROUNDS)]
+        scene = Scene("star", "one", size="large", position=position, background=background)
+        ((x, y),) = places_of(scene, rng)
+        pose = Pose(x, y, rng.uniform(18, 20), rng.uniform(-0.08, 0.08))
+        caption = f"a {TOKEN} star {in_words(position)}, on a {background} background"
+        found.append((draw_figure(ground(background, size), pose), caption))
+    return found
 
 
 def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
