@@ -114,8 +114,8 @@ def find(pixels: NDArray[np.float32]) -> list[Found]:
     return found
 
 
-def _position(found: Found) -> str:
-    across, down = found.x - SIZE / 2, found.y - SIZE / 2
+def _position(x: float, y: float) -> str:
+    across, down = x - SIZE / 2, y - SIZE / 2
     if max(abs(across), abs(down)) < _OFF_CENTRE:
         return "centre"
     if abs(across) > abs(down):
@@ -140,7 +140,7 @@ def read(image: Image.Image) -> dict[str, str | None]:
     seen["colour"] = max(colours, key=colours.count)
     seen["count"] = ("one", "two", "three")[len(found) - 1]
     seen["size"] = "large" if found[0].radius > _LARGE else "small"
-    seen["position"] = _position(found[0]) if len(found) == 1 else None
+    seen["position"] = _position(found[0].x, found[0].y) if len(found) == 1 else None
     return seen
 
 
@@ -148,3 +148,13 @@ def right(image: Image.Image, told: Scene) -> dict[str, bool]:
     """For each attribute that a caption states, whether the picture shows it."""
     seen = read(image)
     return {name: seen[name] == value for name, value in vars(told).items() if value is not None}
+
+
+def whole_position(image: Image.Image) -> str | None:
+    """Where all that is not background is, taken as one thing of whatever colours; None where there is nothing."""
+    pixels = pixels_of(image)
+    masks = groups(np.linalg.norm(pixels - background_of(pixels), axis=-1) > _UNLIKE)
+    if not masks:
+        return None
+    rows, columns = np.nonzero(np.logical_or.reduce(masks))
+    return _position((columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2)
