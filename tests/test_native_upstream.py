@@ -37,7 +37,7 @@ from sd3.native.step import Batch, Draws, FlowMatching, draw
 from sd3.native.stream import Stream
 
 pytestmark = [pytest.mark.upstream, pytest.mark.long]
-STEPS, BATCH, PICTURES, RATE = 50, 8, 8, 1e-3
+STEPS, BATCH, PICTURES, RATE = 50, 8, 8, 2e-3
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CAPTIONS = ("red", "something blue and dark, seen from afar")
 
@@ -93,10 +93,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"--dataset_name={folder / 'set'}", "--caption_column=text", f"--cache_dir={folder / 'cache'}"]
 
 
-# High noise, where the caption tells what the noisy latents do not.
+# High noise, where the caption tells what the noisy latents do not, and little spread of it between draws.
 SETTINGS = (
-    f"--max_train_steps={STEPS}", f"--train_batch_size={BATCH}", f"--learning_rate={RATE}", "--logit_mean=1.5",
-    "--precondition_outputs=0", "--weighting_scheme=logit_normal", "--checkpointing_steps=1000", "--rank=16",
+    f"--max_train_steps={STEPS}", f"--train_batch_size={BATCH}", f"--learning_rate={RATE}", "--logit_mean=-2", "--logit_std=0.3",
+    "--precondition_outputs=1", "--weighting_scheme=logit_normal", "--checkpointing_steps=1000", "--rank=16",
 )  # fmt: skip
 
 
