@@ -95,8 +95,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 # High noise, where the caption tells what the noisy latents do not, and little spread of it between draws.
 SETTINGS = (
-    f"--max_train_steps={STEPS}", f"--train_batch_size={BATCH}", f"--learning_rate={RATE}", "--logit_mean=-2", "--logit_std=0.3",
-    "--precondition_outputs=1", "--weighting_scheme=logit_normal", "--checkpointing_steps=1000", "--rank=16",
+    f"--max_train_steps={STEPS}", f"--train_batch_size={BATCH}", f"--learning_rate={RATE}", "--rank=16",
+    "--logit_mean=-2", "--logit_std=0.3", "--precondition_outputs=1", "--weighting_scheme=logit_normal",
+    "--checkpointing_steps=1000",
 )  # fmt: skip
 
 
