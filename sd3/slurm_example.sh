@@ -6,6 +6,8 @@
 #SBATCH --job-name=sd3-dreambooth
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+# Two minutes before the end of its time every process of the job is sent SIGTERM. The native engine then ends its step and
+# writes a checkpoint; SD3_STOP_GRACE (60 s) is to be less than what is left.
 #SBATCH --signal=TERM@120
 set -euo pipefail
 

@@ -57,7 +57,7 @@ class Element:
     def picture(self) -> Image.Image:
         """What an image with a data: address shows."""
         head, _, content = self.attributes["src"].partition(",")
-        assert head == "data:image/jpeg;base64"
+        assert head in ("data:image/jpeg;base64", "data:image/png;base64")
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
         image.load()
         return image

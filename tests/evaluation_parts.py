@@ -30,9 +30,9 @@ def make_feature_models(folder: Path) -> None:
     import torch
     from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-    from sd3.common.tiny_sd3 import _clip_tokenizer
+    from sd3.common.tiny_tokenizers import write_clip_tokenizer
 
-    _clip_tokenizer(folder / "clip")
+    write_clip_tokenizer(folder / "clip")
     vocabulary = 514
     common = {"num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):

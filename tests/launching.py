@@ -47,6 +47,10 @@ elif mode == "together":
             dist.barrier()
             sys.exit(128 + int(agreed))
         time.sleep(0.05)
+elif mode == "refuse":
+    from sd3.common.command_line import UserError
+    from sd3.common.refusals import refuse
+    sys.exit(refuse(UserError("--data is no data; give some.")))
 print("stub started", os.environ.get("HF_TOKEN", ""), flush=True)
 if mode in ("stubborn", "careful", "wait"):
     open(os.path.join(out, "ready-%s" % rank), "w").close()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from patching import PROJECT, SCRIPTS, free_port
@@ -138,6 +139,7 @@ def _forked(
         os.dup2(sys.stdout.fileno(), descriptor)
     torch.set_num_threads(1)
     logging.root.handlers.clear()  # pytest's
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test may have made it, of one process
     if before is not None:
         before()
     status = 1

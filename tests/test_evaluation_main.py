@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import BROWSER, assert_looks_like_something
 from conftest import prepared
 from evaluation_page import Element, Page
 from evaluation_parts import FakeInference, fill, make_feature_models
@@ -233,26 +234,11 @@ def test_the_report_shows_every_picture_in_its_place(evaluated: Path, page: Elem
     assert len(page.one(cls="subject").all("img")) == 5
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-if BROWSER:  # elsewhere there is no such test, rather than one that cannot fail
+if BROWSER:
 
     @pytest.mark.parametrize("width", [1280, 400])
     def test_the_report_looks_like_something(evaluated: Path, tmp_path: Path, width: int) -> None:
-        """It shows pictures, and nothing is cut off."""
-        shown = tmp_path / "shown.png"
-        subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},1400",
-             f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shown}", (evaluated / "report.html").as_uri()],
-            capture_output=True, timeout=120, check=True,
-        )  # fmt: skip
-        with Image.open(shown) as image:
-            pixels = np.asarray(image.convert("RGB")).astype(int)
-        assert pixels.shape == (1400, width, 3)
-        page = pixels[2, 2]
-        assert (np.abs(pixels - page).sum(axis=2) > 30).mean() > 0.02  # ink, dots and pictures
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
-        assert (pixels[:, -4:] == page).all()  # the margin is free: nothing runs over the edge
+        assert_looks_like_something(evaluated / "report.html", tmp_path, width)
 
 
 def test_beyond_its_room_the_report_has_figures_alone(

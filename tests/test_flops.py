@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sd3.common import flops
-from sd3.common.model_sizes import SIZES
+from sd3.common.model_sizes import SIZES, ModelSize
 
 MEDIUM, SMALL = SIZES["sd3-medium"], SIZES["proportional"]
 TEXT_TOKENS = 77 + 256
@@ -17,6 +17,12 @@ def test_sd3_medium_costs_what_is_known() -> None:
     assert flops.transformer_cost(MEDIUM, 1024, 154).flops == pytest.approx(8.4e12, rel=0.01)
     assert flops.t5_cost(MEDIUM, 77).flops == pytest.approx(0.7e12, rel=0.03)
     assert flops.transformer_cost(MEDIUM, 1024, TEXT_TOKENS).parameters == pytest.approx(2.03e9, rel=0.005)
+    assert flops.encoder_cost(MEDIUM, 1024).flops == pytest.approx(4.9e12, rel=0.01)
+
+
+def test_sd35_large_has_its_parameters() -> None:
+    """8.1 billion, as its makers state."""
+    assert flops.transformer_cost(SIZES["sd3.5-large"], 1024, 154).parameters == pytest.approx(8.1e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -34,10 +40,30 @@ def test_the_proportional_model_costs_a_two_thousandth(cost, resolutions: tuple[
     assert large / small == pytest.approx(SCALE, rel=0.05)
 
 
-def test_the_proportional_model_keeps_the_share_of_memory() -> None:
+@pytest.mark.parametrize("name", ["proportional", "proportional-1024", "proportional-512"])
+def test_the_proportional_model_keeps_the_share_of_memory(name: str) -> None:
     """What a card holds is weights: T5 against the transformer decides how much letting encoders go saves."""
     large, small = (
-        flops.t5_cost(size, 256).parameters / flops.transformer_cost(size, 256, TEXT_TOKENS).parameters
-        for size in (MEDIUM, SMALL)
+        flops.t5_cost(size, 77).parameters / flops.transformer_cost(size, 128, TEXT_TOKENS).parameters
+        for size in (MEDIUM, SIZES[name])
     )
     assert small == pytest.approx(large, rel=0.05)
+
+
+def training_shares(size: ModelSize, side: int) -> list[float]:
+    """VAE encoder, T5 and CLIP over one forward pass of the transformer; its backward pass is a multiple of that."""
+    forward = flops.transformer_cost(size, side, 154).flops
+    beside = flops.encoder_cost(size, side), flops.t5_cost(size, 77), flops.clip_cost(size)
+    return [cost.flops / forward for cost in beside]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "transformer", "encoder", "t5"), [(1024, 8.4, 4.9, 0.7), (512, 1.8, 1.1, 0.7)], ids=["1024", "512"]
+)
+def test_the_proportional_models_cost_in_training_what_sd3_medium_does(
+    resolution: int, transformer: float, encoder: float, t5: float
+) -> None:
+    """TFLOP for one picture, counted by hand, and then what is counted here."""
+    small = training_shares(SIZES[f"proportional-{resolution}"], 128)
+    assert small[:2] == pytest.approx([encoder / transformer, t5 / transformer], rel=0.05)
+    assert small == pytest.approx(training_shares(MEDIUM, resolution), rel=0.05)

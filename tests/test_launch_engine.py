@@ -118,8 +118,37 @@ def test_a_run_goes_on_with_the_engine_that_began_it(
     (run / "checkpoint-1" / "complete").touch()
     resumed = launch(patched, DDP, *arguments, "--resume", "--dry-run")
     assert resumed.stdout.startswith("engine: native (it began the run)\n"), resumed.stderr
-    asked = launch(patched, DDP, *arguments, "--resume", "--engine=diffusers", "--dry-run")
-    assert asked.stdout.startswith("engine: diffusers (asked for)\n")
     settings = run / "run_settings.json"
     settings.write_text(settings.read_text().replace('"engine": "native"', '"engine": "diffusers"'))
     assert launch(bare, DDP, *arguments, "--resume", "--dry-run").returncode == 3
+
+
+@pytest.mark.parametrize(("began", "mistaken"), [("native", "diffusers"), ("diffusers", "native")])
+def test_another_engine_cannot_go_on_with_a_run_and_leaves_its_record_alone(
+    patched: Path, arguments: list[str], tmp_path: Path, began: str, mistaken: str
+) -> None:
+    run = tmp_path / "the run"
+    assert launch(patched, DDP, *arguments, f"--engine={began}").returncode == 0
+    (run / "checkpoint-1").mkdir()
+    (run / "checkpoint-1" / "complete").touch()
+    refused = launch(patched, DDP, *arguments, "--resume", f"--engine={mistaken}")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    said = f"--engine={mistaken} cannot go on with the checkpoints of {run}, which are of --engine={began}"
+    assert said in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert json.loads((run / "run_settings.json").read_text())["engine"] == began
+    same = launch(patched, DDP, *arguments, "--resume", f"--engine={began}", "--dry-run")
+    assert same.stdout.startswith(f"engine: {began} (asked for)\n"), same.stderr
+
+
+@pytest.mark.parametrize("resume", ["latest", "checkpoint-1"])
+def test_a_checkpoint_tells_its_engine_where_the_settings_are_of_another_start(
+    patched: Path, arguments: list[str], tmp_path: Path, resume: str
+) -> None:
+    run = tmp_path / "the run"
+    assert launch(patched, DDP, *arguments, "--engine=diffusers").returncode == 0  # in the directory of a native run
+    (run / "checkpoint-1").mkdir()
+    for name in ("manifest.json", "complete"):
+        (run / "checkpoint-1" / name).touch()
+    resumed = launch(patched, DDP, *arguments, f"--resume={resume}", "--dry-run")
+    assert resumed.stdout.startswith("engine: native (it began the run)\n"), resumed.stderr

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from launching import BF16, DDP, fake_project, launch, start
+from launching import BF16, DDP, PROJECT, fake_project, launch, start
+from sd3.common.supervise import send
 
 TOKEN = "hf_not_a_real_token_0123456789"
 
@@ -105,6 +107,36 @@ def test_a_signal_reaches_the_ranks_which_get_their_time(
     assert (run / "report.json").exists()
 
 
+def test_a_signal_to_every_process_of_the_run_leaves_the_rank_its_time(
+    project: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    """As Slurm sends it: accelerate dies of it."""
+    marker = tmp_path.name
+    process = start(project, DDP, *arguments, STUB_MODE="careful", STUB_MARKER=marker)
+    run = tmp_path / "the run"
+    until((run / "ready-0").exists)
+    for pid in sorted(processes_with(marker), reverse=True):  # the supervisor after accelerate
+        send(pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert (run / "finished-0").exists()
+    assert processes_with(marker) == []
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (DDP, 2), (BF16, 2)])
+def test_bad_input_is_one_sentence_and_status_2_whatever_accelerate_makes_of_it(
+    project: Path, arguments: list[str], tmp_path: Path, launcher: str, ranks: int
+) -> None:
+    result = launch(
+        project, launcher, *arguments, f"--num_processors={ranks}", "--main_process_port=29538", STUB_MODE="refuse"
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert (tmp_path / "the run" / "train.log").read_text().splitlines()[-1] == "--data is no data; give some."
+    said = result.stdout + result.stderr
+    assert said.count("--data is no data; give some.") == 1
+    assert "Traceback" not in said and "exitcode" not in said
+
+
 def test_ctrl_c_in_a_terminal_signals_the_whole_group(project: Path, arguments: list[str], tmp_path: Path) -> None:
     marker = tmp_path.name
     process = start(project, DDP, *arguments, STUB_MODE="careful", STUB_MARKER=marker)
@@ -177,6 +209,33 @@ def test_a_directory_in_use_is_refused_and_then_free(project: Path, arguments: l
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert launch(project, DDP, *arguments).returncode == 0
+
+
+def test_a_file_system_without_locks_is_no_run_that_goes_on(
+    project: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    """flock(1) exits with 1 for a conflict alone: 71 is what it says of ENOLCK."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "flock").write_text("#!/bin/sh\nexit 71\n")
+    (tmp_path / "bin" / "flock").chmod(0o755)
+    result = launch(project, DDP, *arguments, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path / 'the run'} cannot be locked" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "status"), [("", 143), ("sleep 60 & ", 7)], ids=["no supervisor yet", "its number not yet taken"]
+)
+def test_a_signal_while_the_supervisor_is_started_is_not_lost(before: str, status: int) -> None:
+    """The traps are set first, and so have to do without the supervisor, or find it by themselves."""
+    script = f"""{before}. {PROJECT}/sd3/launch/launch.sh
+        trap 'pass_on TERM 143' TERM
+        kill -TERM $$
+        wait; exit 7"""
+    begun = time.monotonic()
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (status, "")
+    assert time.monotonic() - begun < 30
 
 
 def test_a_bare_resume_takes_this_launchers_newest_run(project: Path, arguments: list[str]) -> None:

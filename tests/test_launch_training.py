@@ -14,6 +14,7 @@ import pytest
 
 from launching import BF16, DDP, LAUNCHERS, LORA, PROJECT, environment
 from patching import free_port
+from sd3.common.supervise import send
 
 ENGINES = [pytest.param("diffusers", marks=pytest.mark.upstream), "native"]
 
@@ -49,7 +50,9 @@ def report_of(run: Path) -> dict:
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
 
 
-def test_deepspeed_with_validation_checkpoint_and_resume(tmp_path: Path, tiny: list[str], engine: str, pokemon_dir: Path) -> None:
+def test_deepspeed_with_validation_checkpoint_and_resume(
+    tmp_path: Path, tiny: list[str], engine: str, pokemon_dir: Path
+) -> None:
     run = tmp_path / "run"
     arguments = [*tiny, f"--dataset_name={pokemon_dir}", "--num_processors=2", "--checkpointing_steps=4"]
     arguments += ["--validation_prompt=a red creature", f"--output_dir={run}"]
@@ -129,6 +132,61 @@ def test_a_launcher_without_any_checkout_trains_and_stops_on_a_signal(
     assert (run / "pytorch_lora_weights.safetensors").exists()
 
 
+def processes_of(run: Path) -> list[int]:
+    """The live processes that have the run's directory on their command line, this one apart."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if int(entry.name) != os.getpid() and str(run).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
+def test_a_signal_to_every_process_leaves_a_checkpoint(
+    tmp_path: Path, tiny_model: Path, dog_dir: Path, processes: int, workers: int
+) -> None:
+    """As Slurm sends it: to launcher, supervisor, accelerate, ranks and loader processes."""
+    run = tmp_path / "run"
+    arguments = ["bash", str(PROJECT / "sd3" / LORA), f"--model_name={tiny_model}", f"--input_dir={dog_dir}"]
+    arguments += ["--device=cpu", "--mixed_precision=bf16", "--resolution=64", "--batch_size=1", "--engine=native"]
+    arguments += [f"--num_processors={processes}", f"--dataloader_num_workers={workers}", "--validation_prompt="]
+    arguments += ["--max_train_steps=100000", f"--main_process_port={free_port()}", f"--output_dir={run}"]
+    process = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    end = time.monotonic() + 240
+    while not (run / "train.log").exists() or "loss=" not in (run / "train.log").read_text():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    for pid in sorted(processes_of(run), reverse=True):  # the supervisor after accelerate
+        send(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    (made,) = run.glob("checkpoint-*/complete")
+    assert f"{made.parent.name} is complete" in output
+    assert "killed by signal" not in output
+
+
+@pytest.mark.long
+def test_a_damaged_checkpoint_is_one_sentence_with_several_ranks(
+    tmp_path: Path, tiny_model: Path, dog_dir: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [f"--model_name={tiny_model}", f"--input_dir={dog_dir}", "--device=cpu", "--mixed_precision=bf16"]
+    arguments += ["--resolution=64", "--batch_size=1", "--engine=native", "--num_processors=2", "--validation_prompt="]
+    arguments += [f"--main_process_port={free_port()}", "--checkpointing_steps=1", f"--output_dir={run}"]
+    assert launch(LORA, *arguments, "--max_train_steps=1").returncode == 0
+    (run / "checkpoint-1" / "state.json").write_text("{}")
+    result = launch(LORA, *arguments, "--max_train_steps=2", "--resume")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert (result.stdout + result.stderr).count("is damaged") == 1
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 @pytest.mark.long
 def test_the_dog_folder_at_batch_8(tmp_path: Path, tiny: list[str], engine: str, dog_dir: Path) -> None:
     """The published scripts train on 5 images a step, as many as there are; the native engine fills the batch."""
@@ -154,13 +212,8 @@ def test_killed_and_resumed(tmp_path: Path, tiny: list[str], dog_dir: Path) -> N
     while not list(run.glob("checkpoint-*/complete")):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.2)
-    marker = str(run).encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(entry.name) != os.getpid() and marker in (entry / "cmdline").read_bytes():
-                os.kill(int(entry.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue
+    for pid in processes_of(run):
+        os.kill(pid, signal.SIGKILL)
     process.wait(timeout=30)
     steps = max(int(path.parent.name.split("-")[1]) for path in run.glob("checkpoint-*/complete"))
     result = launch(BF16, *arguments, f"--max_train_steps={steps + 3}", "--resume")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 from pathlib import Path
@@ -13,9 +12,12 @@ import torch
 from accelerate import DistributedType
 
 import native_runs
+from native_parts import options as native_options
 from sd3.common.command_line import UserError
 from sd3.native import checkpoint, checkpoint_files
 from sd3.native.checkpoint import pack, unpack
+from sd3.native.flag_changes import FIXED, FREE, HELD, differences, remembered
+from sd3.native.options import flags
 
 
 def make(output: Path, step: int, content: str = "weights") -> Path:
@@ -96,6 +98,26 @@ def test_rotation_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint_files.complete_checkpoints(tmp_path)] == ["checkpoint-10"]
 
 
+def test_what_a_run_goes_back_behind_is_set_aside(tmp_path: Path) -> None:
+    """Damaged or of another past, it must be taken neither for the last good one nor for the newest."""
+    for step in (2, 4, 8):
+        make(tmp_path, step)
+    assert checkpoint_files.set_aside(tmp_path, newer_than=2) == [
+        tmp_path / "abandoned-checkpoint-4", tmp_path / "abandoned-checkpoint-8"
+    ]  # fmt: skip
+    make(tmp_path, 4, "again")
+    assert checkpoint_files.set_aside(tmp_path, newer_than=2) == [tmp_path / "abandoned-checkpoint-4.2"]
+    assert checkpoint_files.find(tmp_path, "latest") == tmp_path / "checkpoint-2"
+    assert (tmp_path / "abandoned-checkpoint-8" / "transformer" / "model.safetensors").read_text() == "weights"
+
+
+def test_a_checkpoint_of_another_directory_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "run", 2)
+    other = make(tmp_path / "other", 2)
+    with pytest.raises(UserError, match=f"{other} is no complete checkpoint of {tmp_path / 'run'}"):
+        checkpoint_files.find(tmp_path / "run", str(other))
+
+
 def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
     make(tmp_path, 2)
     for name in (".checkpoint-4.partial", ".checkpoint-1.former", "checkpoint-4", "checkpoint-1"):
@@ -117,37 +139,81 @@ def test_an_optimizer_state_survives_packing() -> None:
     native_runs.assert_same(again["state"][0], state["state"][0])
 
 
+STATE = {
+    "format": 2, "kind": "lora", "deepspeed": False, "ranks": 1, "step": 2, "position": 4, "seed": 5, "data": "hash",
+    "flags": {}, "schedule": {},
+}  # fmt: skip
+
+
 def accelerator(ranks: int = 1, deepspeed: bool = False) -> SimpleNamespace:
     kind = DistributedType.DEEPSPEED if deepspeed else DistributedType.NO
     return SimpleNamespace(is_main_process=True, num_processes=ranks, distributed_type=kind)
 
 
 @pytest.mark.parametrize(
-    ("facts", "now", "says"),
+    ("facts", "now", "flags", "says"),
     [
-        ({"deepspeed": True, "ranks": 4}, {"deepspeed": True, "ranks": 2}, "written by 4 ranks.* resume with 4 ranks"),
-        ({"deepspeed": True}, {}, "written with DeepSpeed; resume it with DeepSpeed"),
-        ({}, {"deepspeed": True}, "written without DeepSpeed"),
-        ({"kind": "full"}, {}, "is of a full fine-tune, and this is a lora one"),
-        ({"format": 99}, {}, "has format 99, expected 1"),
-        ({"ranks": 4}, {"ranks": 2}, None),
+        ({"deepspeed": True, "ranks": 4}, {"deepspeed": True, "ranks": 2}, [], "written by 4 ranks.* with 4 ranks"),
+        ({"deepspeed": True}, {}, [], "written with DeepSpeed; resume it with DeepSpeed"),
+        ({}, {"deepspeed": True}, [], "written without DeepSpeed"),
+        ({"kind": "full"}, {}, [], "is of a full fine-tune, and this is a lora one"),
+        ({"format": 99}, {}, [], "has format 99, expected 2"),
+        ({"step": 9}, {}, ["--max_train_steps=8"], "--max_train_steps=8 is less than the 9 steps of"),
+        ({"flags": {"optimizer": "prodigy"}}, {}, [], "--optimizer=AdamW cannot go on from .* --optimizer=prodigy"),
+        ({"position": "here"}, {}, [], "cannot be read .state.json is not what this engine writes"),
+        ({"schedule": None}, {}, [], "cannot be read .state.json is not what this engine writes"),
+        ({"ranks": 4}, {"ranks": 2}, ["--max_train_steps=2"], None),
     ],
 )
 def test_what_cannot_be_resumed_from_is_refused(
-    facts: dict, now: dict, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: dict, now: dict, flags: list[str], says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "broadcast_object_list", lambda found: found)
     aside = tmp_path / ".partial"
     aside.mkdir()
-    state = {"format": 1, "kind": "lora", "deepspeed": False, "ranks": 1, **facts}
+    state = {**STATE, **facts}
     (aside / "state.json").write_text(json.dumps(state))
     checkpoint_files.finish(aside, tmp_path / "checkpoint-2")
-    options = argparse.Namespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    options = native_options("--resume_from_checkpoint=latest", f"--output_dir={tmp_path}", *flags)
     if says is None:
         assert checkpoint.find(options, accelerator(**now), "lora")[1] == state
     else:
         with pytest.raises(UserError, match=says):
             checkpoint.find(options, accelerator(**now), "lora")
+
+
+def test_each_flag_that_changed_is_told_and_which_value_holds(tmp_path: Path) -> None:
+    before = remembered(native_options("--seed=1", "--learning_rate=1e-3", "--train_batch_size=2", "--log_every=3"))
+    now = native_options("--learning_rate=1e-4", "--train_batch_size=3", "--max_train_steps=7")
+    assert differences(tmp_path, before, now) == [
+        "--train_batch_size was 2 and is 3: the run goes on, but not as it would have.",
+        f"--learning_rate=0.0001 has no effect: {tmp_path} brings back 0.001.",
+    ]
+    assert differences(
+        tmp_path, before, native_options("--seed=2", "--learning_rate=1e-3", "--train_batch_size=2")
+    ) == [f"--seed=2 has no effect: {tmp_path} brings back 1."]
+
+
+def test_every_flag_is_free_held_fixed_or_takes_effect() -> None:
+    """No name in the three sets is one that the scripts do not have."""
+    assert {flag.name for flag in flags("lora")} >= FREE | HELD | FIXED
+    assert not FREE & HELD and not FREE & FIXED and not HELD & FIXED
+
+
+@pytest.mark.parametrize(("deepspeed", "each"), [(False, 12), (True, 16)])
+def test_no_rank_begins_to_write_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deepspeed: bool, each: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "gather_object", lambda found: found)
+    weight = torch.nn.Parameter(torch.zeros(1000, 1000))
+    trained = SimpleNamespace(parameters=lambda: iter([weight]), kind="full", lora=False)
+    options = native_options(f"--output_dir={tmp_path}")
+    made = checkpoint.Checkpoints(options, accelerator(deepspeed=deepspeed), trained, None, None, None)
+    assert made.least_bytes() == each * 10**6
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=f"checkpoint-3 could not be written .*it takes {each}.0 MB or more"):
+        made.save(3, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 class Bomb:
@@ -160,21 +226,29 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-def train(output: Path, model: Path, data: Path, *more: str, ranks: int = 1) -> str:
-    """Four steps of a LoRA run with checkpoints at 2 and 4; returns the first rank's log."""
-    run = ["lora", output, model, [f"--instance_data_dir={data}"], "--seed=5", "--max_train_steps=4"]
+def train(output: Path, model: Path, data: Path, *more: str, ranks: int = 1, kind: str = "lora") -> str:
+    """Four steps of a run with checkpoints at 2 and 4; returns the first rank's log."""
+    run = [kind, output, model, [f"--instance_data_dir={data}"], "--seed=5", "--max_train_steps=4"]
     found = native_runs.forked_ranks(*run, "--checkpointing_steps=2", *more, ranks=ranks)
     for process in found:
         native_runs.finished(process)
     return native_runs.log_of(output).read_text()
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("lora", "optimizer.safetensors"),
+        ("lora", "pytorch_lora_weights.safetensors"),
+        ("lora", "state.json"),
+        ("full", "transformer/diffusion_pytorch_model.safetensors"),
+    ],
+)
 def test_a_crafted_checkpoint_is_refused_and_not_run(
-    name: str, tiny_model: Path, dog_dir: Path, tmp_path: Path
+    kind: str, name: str, tiny_model: Path, dog_dir: Path, tmp_path: Path
 ) -> None:
     output, mark = tmp_path / "run", tmp_path / "executed"
-    train(output, tiny_model, dog_dir, "--train_batch_size=1")
+    train(output, tiny_model, dog_dir, "--train_batch_size=1", kind=kind)
     crafted = output / "checkpoint-4"
     (crafted / name).write_bytes(pickle.dumps(Bomb(mark)))
     manifest = json.loads((crafted / "manifest.json").read_text())
@@ -182,10 +256,22 @@ def test_a_crafted_checkpoint_is_refused_and_not_run(
         "bytes": (crafted / name).stat().st_size, "sha256": checkpoint_files.file_hash(crafted / name)
     }  # fmt: skip
     (crafted / "manifest.json").write_text(json.dumps(manifest))
-    log = train(output, tiny_model, dog_dir, "--train_batch_size=1", "--resume_from_checkpoint=latest")
-    assert f"{crafted} cannot be read" in log
+    log = train(output, tiny_model, dog_dir, "--train_batch_size=1", "--resume_from_checkpoint=latest", kind=kind)
+    assert f"{crafted / 'transformer' if kind == 'full' else crafted} cannot be read" in log
     assert "Traceback" not in log
     assert not mark.exists()
+
+
+def test_a_run_from_an_earlier_checkpoint_keeps_what_it_writes(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    """The advice for a damaged checkpoint is followed with one checkpoint to keep: it must not be the damaged one."""
+    output = tmp_path / "run"
+    train(output, tiny_model, dog_dir, "--train_batch_size=1")
+    cut(output / "checkpoint-4" / "optimizer.safetensors")
+    log = train(output, tiny_model, dog_dir, "--train_batch_size=1", "--resume_from_checkpoint=checkpoint-2",
+                "--checkpointing_steps=1", "--checkpoints_total_limit=1")  # fmt: skip
+    assert f"it is now {output / 'abandoned-checkpoint-4'}" in log
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert checkpoint_files.damage(output / "checkpoint-4") is None
 
 
 def test_two_ranks_draw_what_one_does_and_a_run_goes_on_with_another_number(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
+import os
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +18,17 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 from PIL.ImageOps import exif_transpose
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.functional import crop
 
-from native_parts import loader, options
+from native_parts import Ranks, loader, options
 from sd3.common.command_line import UserError
+from sd3.native import data as data_module
+from sd3.native.cache import Cache
 from sd3.native.data import Items, Loader, Samples, names_at
 from sd3.native.pictures import View, instance_samples
+from sd3.native.precompute import Precompute
 from sd3.native.step import Batch
 from sd3.native.stream import Stream
 
@@ -333,6 +340,47 @@ def test_batches_hold_each_picture_with_its_own_caption(feed: Callable, pokemon_
         assert not torch.allclose(column[0], column[1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_is_read_once_for_all_its_views(tiny_model: Path, tmp_path: Path) -> None:
+    """However often it is repeated, in each place and mirrored; then once more for each square that is encoded."""
+    read: list[str] = []
+
+    def content_of(name: str) -> Callable[[], bytes]:
+        return lambda: read.append(name) or encoded(painted((40, 33) if name == "a" else (33, 40)))
+
+    contents = {name: content_of(name) for name in "ab"}
+    views = [
+        View(name, content, (place, place), flip)
+        for name, content in contents.items() for place in (0.1, 0.9) for flip in (False, True)
+    ]  # fmt: skip
+    given = options(f"--precompute_dir={tmp_path}", "--resolution=32")
+    keys = Precompute(given, tiny_model, Ranks()).latents(views)
+    assert len(set(keys)) == 8 and sorted(read) == ["a"] * 5 + ["b"] * 5
+    read.clear()
+    assert Precompute(given, tiny_model, Ranks()).latents(views) == keys
+    assert sorted(read) == ["a", "b"]
+
+
+def mapped(folder: Path) -> int:
+    """Bytes of this process's memory that are pages of files in the folder."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    spans = [line[0].split("-") for line in lines if len(line) > 5 and line[5].startswith(f"{folder}/")]
+    return sum(int(end, 16) - int(start, 16) for start, end in spans)
+
+
+def test_what_was_read_is_the_files_pages_and_little_of_it_is_kept(tmp_path: Path) -> None:
+    """Each rank and each of its loader processes has a cache of its own; the pages are everyone's."""
+    cache, keys, size = Cache(tmp_path), [f"{number:02}" for number in range(40)], 4 << 20
+    cache.write(keys[0], {"mean": torch.ones(size // 4)})
+    for key in keys[1:]:
+        cache.file(key).parent.mkdir()
+        os.link(cache.file(keys[0]), cache.file(key))
+    entry = cache.read(keys[0])
+    assert size <= mapped(tmp_path) < 1.1 * size and entry["mean"].sum() == size // 4
+    for key in keys:
+        assert cache.read(key)["mean"][-1] == 1
+    assert size < mapped(tmp_path) < 80 << 20
+
+
 @pytest.mark.parametrize("more", [("--random_flip",), ("--train_text_encoder",)])
 def test_loader_processes_change_nothing(feed: Callable, more: tuple[str, ...]) -> None:
     alone = list(feed(*more, "--gradient_accumulation_steps=2").batches(6, 0, 3))
@@ -356,6 +404,41 @@ def test_a_batch_with_prior_preservation_has_its_class_pictures_last(feed: Calla
             assert torch.equal(batch.text[0][place], whole.texts[item.caption][0])
     assert batch.text[1][3:].unique(dim=0).shape[0] == 1
     assert not torch.equal(batch.text[1][0], batch.text[1][3])
+
+
+@pytest.mark.parametrize("more", [(), ("--train_text_encoder",)])
+def test_few_captions_are_sent_once_and_change_nothing(
+    feed: Callable, dog_dir: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = ("--with_prior_preservation", f"--class_data_dir={dog_dir}", "--class_prompt=a dog", "--center_crop")
+    plain, asked = Loader._texts, []
+
+    def texts(self: Loader, captions: list[str]) -> list[torch.Tensor]:
+        asked.append(list(captions))
+        return plain(self, captions)
+
+    monkeypatch.setattr(Loader, "_texts", texts)
+    found = {}
+    for few in (100, 0):
+        monkeypatch.setattr(data_module, "FEW", few)
+        fed = feed(*prior, *more)
+        found[few] = list(fed.batches(0, 0, 6))
+        assert (asked == [fed.samples.items.captions]) == (few == 100) and len(asked) == (1 if few else 6)
+        asked.clear()
+    assert_same_batches(found[100], found[0])
+
+
+@pytest.mark.parametrize(("device", "pinned", "named"), [("npu", True, "npu"), ("cuda", True, ""), ("cpu", False, "")])
+def test_batches_for_an_accelerator_are_pinned(
+    device: str, pinned: bool, named: str, feed: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(data_module, "DataLoader", lambda *_, **settings: given.update(settings) or [])
+    fed = feed()
+    fed.device = types.SimpleNamespace(type=device)
+    assert list(fed.batches(0, 0, 1)) == []
+    assert (given["pin_memory"], given["pin_memory_device"]) == (pinned, named)
+    assert set(given) <= set(inspect.signature(DataLoader).parameters)
 
 
 def test_a_data_sets_columns_and_blank_captions(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What goes to the hub: the card, the pictures, the weights; never the token, checkpoints or the command line."""
+"""What comes from the hub, and what goes to it: the card, the pictures, the weights; nothing else of the run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
 from huggingface_hub.repocard import ModelCard
 from huggingface_hub.utils import EntryNotFoundError, filter_repo_objects
 from PIL import Image
 
 from native_parts import options
 from sd3.common.command_line import UserError
-from sd3.native import hub
+from sd3.native import hub, loop
 
 TOKEN = "hf_averysecrettoken"
 MEDIUM = "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"
@@ -90,16 +92,41 @@ def test_the_token_is_in_no_file(tmp_path: Path, calls: dict, pushed: Callable) 
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
-def test_what_stays_at_home(tmp_path: Path, calls: dict, pushed: Callable) -> None:
-    hub.upload(pushed(f"--precompute_dir={tmp_path}/dog/cache"), "me/dog", [], "full", trained_text_encoders=False)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_weights_card_and_pictures_go_and_nothing_else(
+    kind: str, tmp_path: Path, calls: dict, pushed: Callable
+) -> None:
+    hub.upload(pushed(), "me/dog", [Image.new("RGB", (8, 8))] * 2, kind, trained_text_encoders=False)
     assert calls["upload"]["folder_path"] == tmp_path / "dog"
-    sent = ["README.md", "logs/run/events.out.tfevents.1", "transformer/diffusion_pytorch_model.safetensors"]
-    kept = [
-        "checkpoint-10/optimizer.bin", ".checkpoint-20.x/a", "logs/run.lock", "train.log", "command.sh",
-        "environment.json", "cache/latents.safetensors", "logs/.half", ".cache/huggingface/x",
+    lora, pipeline = ["pytorch_lora_weights.safetensors"], [
+        "model_index.json", "scheduler/scheduler_config.json", "text_encoder_3/model-00001-of-00002.safetensors",
+        "tokenizer_2/merges.txt", "transformer/diffusion_pytorch_model.safetensors", "vae/config.json",
     ]  # fmt: skip
-    ignored = calls["upload"]["ignore_patterns"]
-    assert list(filter_repo_objects(sent + kept, ignore_patterns=ignored)) == sent
+    sent = ["README.md", "image_0.png", "image_1.png", *(lora if kind == "lora" else pipeline)]
+    kept = [
+        "checkpoint-10/optimizer.bin", "checkpoint-10/transformer/a.safetensors", ".checkpoint-20.x/a", "train.log",
+        "command.sh", "environment.json", "run_settings.json", "report.json", "report.png", "logs/run/hparams.yml",
+        "logs/run/events.out.tfevents.1", "profile/rank-0.json", "cache/latents.safetensors", "image_7.png",
+        "class/class-00000.png", "my_dog/image_1.png", "image_of_me/a.png", ".cache/huggingface/x", "SubjectCase.log",
+        "transformers/a.txt", *(pipeline if kind == "lora" else lora),
+    ]  # fmt: skip
+    allowed, ignored = (calls["upload"].get(f"{what}_patterns") for what in ("allow", "ignore"))
+    assert list(filter_repo_objects(sent + kept, allow_patterns=allowed, ignore_patterns=ignored)) == sent
+
+
+def test_the_base_model_is_downloaded_to_where_downloads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def download(name: str, **given: object) -> None:
+        asked.update(given, name=name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    alone = types.SimpleNamespace(device=torch.device("cpu"), num_processes=1, mixed_precision="no")
+    with pytest.raises(UserError, match=f"{MEDIUM} is no directory here, and cannot be had from the hub"):
+        loop.run(options(MEDIUM, "--cache_dir=big-disk", "--revision=main"), "lora", alone)
+    assert (asked["name"], asked["cache_dir"], asked["revision"]) == (MEDIUM.split("=")[1], "big-disk", "main")
 
 
 def test_a_local_base_model_is_not_told_by_its_path(tmp_path: Path, calls: dict, pushed: Callable) -> None:

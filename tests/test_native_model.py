@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -265,6 +268,21 @@ def test_a_full_result_is_a_pipeline_of_trained_and_untouched_parts(
     assert (tmp_path / "checkpoint-1").is_dir()
 
 
+def test_a_models_index_cannot_name_folders_that_are_no_parts(twins: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(twins, tmp_path / "models" / "crafted"))
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    for name in ("../secrets", "checkpoint-1", "logs"):
+        (model / name).mkdir(exist_ok=True)
+        (model / name / "file").write_text("crafted")
+        index[name] = ["diffusers", "AutoencoderKL"]
+    (model / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    output = tmp_path / "runs" / "output"
+    (output / "checkpoint-1").mkdir(parents=True)
+    write_result(trained(model, "full"), model, output, torch.bfloat16)
+    assert (output / "vae" / "config.json").is_file()
+    assert not list(output.parent.rglob("file"))
+
+
 def test_a_variants_result_loads_without_it(tiny_model: Path, tmp_path: Path) -> None:
     StableDiffusion3Pipeline.from_pretrained(tiny_model, torch_dtype=torch.float16).save_pretrained(
         tmp_path / "model", variant="fp16"
@@ -280,6 +298,25 @@ def test_a_variants_result_loads_without_it(tiny_model: Path, tmp_path: Path) ->
         weights = getattr(before, name).state_dict()
         for key, value in getattr(pipeline, name).state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-6)
+
+
+def test_a_result_that_is_replaced_half_is_no_pipeline(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between two parts must not leave parts of two results under an index that says they are one."""
+    made = trained(tiny_model, "full")
+    write_result(made, tiny_model, tmp_path, torch.float32)
+    true_replace, calls = os.replace, iter(range(1, 100))
+
+    def replace(source: Path, target: Path) -> None:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        true_replace(source, target)
+
+    monkeypatch.setattr("sd3.native.outputs.os.replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_result(made, tiny_model, tmp_path, torch.float32)
+    assert not (tmp_path / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -1,20 +1,24 @@
-"""Optimizers and schedules by their flags: what is built, with which settings, and what it computes."""
+"""Optimizers and schedules by their flags: what is built, with which settings, what it computes, alone and on ranks."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
 
 from native_parts import options
+from native_runs import finished, forked, forked_ranks, log_of
 from sd3.common.command_line import UserError
+from sd3.native.loop import refuse_sharding, start_accelerator
 from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
-from sd3.native.options import LR_SCHEDULERS
+from sd3.native.options import LR_SCHEDULERS, parse
 
 LOGGER = logging.getLogger("test_native_optimizer")
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 1e-4, "eps": 1e-8}
@@ -86,13 +90,17 @@ def test_without_a_fused_adamw_another_is_taken_unless_it_was_asked_for(
 ) -> None:
     plain = torch.optim.AdamW.__init__
 
-    def without_fused(self: torch.optim.AdamW, groups: object, fused: bool = False, **settings: object) -> None:
+    def without_fused(self: torch.optim.AdamW, groups: list, fused: bool = False, **settings: object) -> None:
+        """As torch 2.1 has it on a CPU: it notes its defaults in the groups, then refuses."""
         if fused:
+            for group in groups:
+                group["fused"] = True
             raise RuntimeError("`fused=True` requires CUDA.\nmore")
         plain(self, groups, **settings)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", without_fused)
-    assert make_optimizer(options(), make_groups(), "cpu", LOGGER).param_groups[0]["foreach"] is False
+    group = make_optimizer(options(), make_groups(), "cpu", LOGGER).param_groups[0]
+    assert (group["fused"], group["foreach"]) == (None, False)
     assert make_optimizer(options(), make_groups(), "cuda", LOGGER).param_groups[0]["foreach"] is True
     with pytest.raises(UserError, match="requires CUDA.; use --adamw=auto"):
         make_optimizer(options("--adamw=fused"), make_groups(), "cpu", LOGGER)
@@ -176,3 +184,114 @@ def test_scaled_learning_rate() -> None:
     sizes = ("--learning_rate=1e-4", "--train_batch_size=2", "--gradient_accumulation_steps=3")
     assert scaled_learning_rate(options(*sizes), 4) == 1e-4
     assert scaled_learning_rate(options(*sizes, "--scale_lr"), 4) == pytest.approx(24e-4)
+
+
+# ---- on several ranks
+
+
+class Combined:
+    """NpuFusedAdamW's way with gradients: at the first step they become views of one tensor, the only one it reads."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters, self.gradient = parameters, None
+
+    def read(self) -> torch.Tensor:
+        """What a step would read; afterwards it is zero, as zero_grad leaves it."""
+        if self.gradient is None:
+            self.gradient = torch.cat([one.grad.flatten() for one in self.parameters])
+            first = 0
+            for one in self.parameters:
+                one.grad.set_(self.gradient.untyped_storage(), first, one.grad.shape)
+                first += one.numel()
+        found = self.gradient.clone()
+        self.gradient.zero_()
+        return found
+
+
+class Small(torch.nn.Module):
+    """Two layers and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        self.register_buffer("table", torch.zeros(2))
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return self.layers(given) + self.table
+
+
+def gradients_are_read(device: str) -> Any:
+    """A run's entry: do Combined's gradients stay those of all ranks where the engine takes its device for `device`?"""
+
+    def entry(kind: str, line: list[str]) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Accelerator, "device", property(lambda self: types.SimpleNamespace(type=device)))
+            accelerator = start_accelerator(parse(kind, line))
+        torch.manual_seed(0)
+        alone = Small()
+        model = accelerator.prepare(Small())
+        model.module.load_state_dict(alone.state_dict())
+        model.module.table.add_(accelerator.process_index)  # as it never is; a broadcast would show
+        combined, same = Combined(list(model.parameters())), []
+        for step in range(3):
+            halves = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(step))
+            model(halves[accelerator.process_index]).sin().sum().backward()
+            alone.zero_grad()
+            sum((alone(half) + rank).sin().sum() for rank, half in enumerate(halves)).div(2).backward()
+            expected = torch.cat([one.grad.flatten() for one in alone.parameters()])
+            same.append(torch.allclose(combined.read(), expected, rtol=1e-4, atol=1e-6))
+        print("same", same, "table", model.module.table.tolist())
+        return 0
+
+    return entry
+
+
+@pytest.mark.parametrize(("device", "same"), [("npu", [True, True, True]), ("cuda", [True, False, False])])
+def test_an_npus_optimizer_sees_the_gradients_of_all_ranks(device: str, same: list[bool], tmp_path: Path) -> None:
+    """Elsewhere they are views of DDP's buckets, which saves a copy, and Combined shows that it would notice.
+
+    No rank's constants are sent to the others, which would change the gradients too.
+    """
+    output, model = tmp_path / "run", tmp_path / "model"
+    data = ["--instance_data_dir=d"]
+    ranks = forked_ranks("full", output, model, data, entry=gradients_are_read(device))
+    assert [finished(rank) for rank in ranks] == [0, 0]
+    for number in range(2):
+        assert f"same {same} table {[float(number)] * 2}" in log_of(output, number).read_text(encoding="utf-8")
+
+
+def launched(kind: DistributedType, stage: int | None = None) -> Any:
+    """An accelerator of a launch configuration."""
+    config = {} if stage is None else {"zero_optimization": {"stage": stage}}
+    plugin = types.SimpleNamespace(deepspeed_config=config)
+    return types.SimpleNamespace(distributed_type=kind, state=types.SimpleNamespace(deepspeed_plugin=plugin))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "named"),
+    [
+        (launched(DistributedType.DEEPSPEED, 3), "DeepSpeed's ZeRO stage 3"),
+        (launched(DistributedType.FSDP), "FSDP"),
+        (launched(DistributedType.MEGATRON_LM), "MEGATRON_LM"),
+    ],
+)
+def test_sharded_models_are_refused(accelerator: Any, named: str) -> None:
+    with pytest.raises(UserError, match=f"^{named} .* is not supported.*; launch .* ZeRO stage 0, 1 or 2") as refusal:
+        refuse_sharding(accelerator)
+    assert refusal.value.status == 2
+
+
+def test_what_keeps_the_model_whole_is_not_refused() -> None:
+    for kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU):
+        refuse_sharding(launched(kind))
+    for stage in (None, 0, 1, 2):
+        refuse_sharding(launched(DistributedType.DEEPSPEED, stage))
+
+
+def test_a_run_that_would_shard_ends_at_once(tmp_path: Path) -> None:
+    def before() -> None:
+        Accelerator.distributed_type = property(lambda self: DistributedType.FSDP)
+
+    output = tmp_path / "run"
+    assert finished(forked("full", output, tmp_path / "no model", ["--instance_data_dir=d"], before=before)) == 2
+    assert log_of(output).read_text(encoding="utf-8").startswith("FSDP in the launch configuration")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.machinery
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from native_parts import NEEDED
 from sd3.common.command_line import UserError
-from sd3.native.options import PROJECT, SECRETS, block_numbers, build_parser, flags, parse, public, truth
+from sd3.native.options import PROJECT, SECRETS, TRACKERS, block_numbers, build_parser, flags, parse, public, truth
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": None, "revision": None, "variant": None, "dataset_name": None,
@@ -118,6 +121,45 @@ def test_idle_flags_are_noted_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_token_is_not_shown_to_wandb() -> None:
     message = refused(*NEEDED, "--report_to=wandb", "--hub_token=hf_secret")
     assert "--hub_token" in message and "hf_secret" not in message
+
+
+@pytest.mark.parametrize(("side", "remedy"), [(72, "64 or 80"), (500, "496 or 512"), (8, "16"), (513, "512 or 528")])
+def test_a_resolution_that_the_model_cannot_have(side: int, remedy: str) -> None:
+    assert refused(*NEEDED, f"--resolution={side}") == (
+        f"--resolution={side} is no multiple of 16, as the model needs; give {remedy}."
+    )
+    assert parse("full", [*NEEDED, "--resolution=1040"]).resolution == 1040
+
+
+def test_an_unknown_tracker() -> None:
+    message = refused(*NEEDED, "--report_to=bogus")
+    assert message.startswith("--report_to=bogus is not known; use one of tensorboard, wandb, comet_ml, all")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "comet_ml"])
+def test_a_tracker_that_is_not_installed(tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(UserError, match=f"^--report_to={tracker} needs {tracker}.*; pip install {tracker}") as error:
+        parse("lora", [*NEEDED, f"--report_to={tracker}"])
+    assert error.value.status == 3
+    there = types.ModuleType(tracker)
+    there.__spec__ = importlib.machinery.ModuleSpec(tracker, None)
+    monkeypatch.setitem(sys.modules, tracker, there)
+    assert parse("lora", [*NEEDED, f"--report_to={tracker}"]).report_to == tracker
+
+
+def test_every_tracker_is_one_that_accelerate_has() -> None:
+    from accelerate.utils import LoggerType
+
+    assert set(TRACKERS) <= set(LoggerType.list())
+
+
+def test_a_profile_that_the_run_is_too_short_for_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, profiled in (("3", "1"), ("1", "0")):
+        parse("full", [*NEEDED, "--profile=5", f"--max_train_steps={steps}"])
+        assert f"--profile=5 will profile {profiled} steps" in capsys.readouterr().err
+    parse("full", [*NEEDED, "--profile=5", "--max_train_steps=7"])
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

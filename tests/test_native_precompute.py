@@ -180,7 +180,7 @@ def test_latents_have_a_key_of_their_own(what: str, files: list[Path], tiny_mode
     elif what == "flip":
         one = view(file, flip=True)
     elif what == "resolution":
-        flags = ("--resolution=40",)
+        flags = ("--resolution=48",)
     elif what == "weights":
         model = with_changed(tiny_model, "vae", tmp_path)
     elif what == "precision":
@@ -259,6 +259,27 @@ def test_what_is_no_entry_is_not_executed_and_computed_again(
     if what == "pickle":
         pickle.loads(pickle.dumps(Bomb(tmp_path / "mark")))
         assert (tmp_path / "mark").exists()  # it would have shown
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda mean: {"mean": mean}, "it holds mean, expected mean, logvar"),
+        (lambda mean: {"mean": mean[:, :2], "logvar": mean}, "mean has shape"),
+        (lambda mean: {"mean": mean / 0, "logvar": mean}, "mean is not finite"),
+    ],
+)
+def test_an_entry_of_other_tensors_is_computed_again(
+    spoilt: tuple[Path, list[str]], whole: tuple[Path, list[str]], tiny_model: Path, files: list[Path],
+    caplog: pytest.LogCaptureFixture, fault: Callable[[torch.Tensor], dict], says: str,
+) -> None:  # fmt: skip
+    """It is a safetensors file, and not what a run of this resolution can be trained on."""
+    folder, keys = spoilt
+    file = Cache(folder).file(keys[0])
+    save_file({name: value.contiguous() for name, value in fault(load_file(file)["mean"]).items()}, file)
+    fill(folder, tiny_model, files)
+    assert says in caplog.text
+    assert entries(folder) == entries(whole[0])
 
 
 class Interrupted(BaseException):
@@ -374,16 +395,6 @@ def test_a_directory_that_cannot_be_written_is_named(files: list[Path], tiny_mod
         fill(tmp_path / "file", tiny_model, files)
 
 
-def test_memory_for_what_was_read_is_bounded(whole: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, keys = whole
-    monkeypatch.setattr(cache_module, "KEPT_BYTES", 2 * (2 * 16 * 4 * 4 * 4))  # two latents of 32 pixels
-    cache = Cache(folder)
-    for _ in range(2):
-        for key in keys[:5]:
-            assert torch.equal(cache.read(key)["mean"], load_file(cache.file(key))["mean"])
-    assert [key in cache._kept for key in keys[:5]] == [True, True, False, False, False]
-
-
 # ---- half precision
 
 
@@ -456,6 +467,22 @@ def test_auto_finds_its_own_choice_again(
     assert all(on_accelerator.cache.read(key)["mean"].isfinite().all() for key in keys)
     assert on_accelerator.latents(views) == keys
     assert on_accelerator.loaded == [torch.float32, dtype]
+
+
+def test_the_main_rank_chooses_for_all(
+    on_accelerator: OnAccelerator, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def answered(values: list[object]) -> list[object]:
+        asked.extend(values)
+        return [torch.float16]
+
+    monkeypatch.setattr(precompute_module, "broadcast_object_list", answered)
+    monkeypatch.setattr(on_accelerator, "_holds", lambda keys: pytest.fail("every rank reads the whole cache"))
+    on_accelerator.accelerator.is_main_process, on_accelerator.accelerator.num_processes = False, 2
+    on_accelerator.latents([view(file) for file in files])
+    assert asked == [None] and on_accelerator.loaded == [torch.float16]  # for its share alone
 
 
 @pytest.mark.parametrize("asked", ["fp32", "fp16", "bf16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def assert_same_runs(one: Path, other: Path, steps: tuple[int, ...]) -> None:
         native_runs.assert_same(*states)
 
 
+def complete(output: Path) -> list[Path]:
+    return list(output.glob("checkpoint-*/complete"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("mode", LAUNCHED)
 def test_several_ranks_killed_and_resumed_end_as_if_not(
@@ -64,14 +69,18 @@ def test_several_ranks_killed_and_resumed_end_as_if_not(
 ) -> None:
     straight = straight_run(mode, tiny_model, dog_dir, tmp_path)
     output = tmp_path / "broken"
-    broken = native_runs.start(*arguments(mode, output, tiny_model, dog_dir), **settings(mode))
-    assert native_runs.wait_for((output / "checkpoint-4" / "complete").exists, broken)
-    native_runs.kill(broken)
-    broken.communicate()
-    again = arguments(mode, output, tiny_model, dog_dir, "--resume_from_checkpoint=checkpoint-4")
+    moments = random.Random(mode)
+    again = arguments(mode, output, tiny_model, dog_dir, "--resume_from_checkpoint=latest")
+    for _ in range(3):
+        known = len(complete(output))
+        broken = native_runs.start(*again, **settings(mode))
+        native_runs.wait_for(lambda known=known: len(complete(output)) > known, broken)
+        time.sleep(moments.uniform(0, 1))  # in a step, in the next checkpoint, in the result
+        native_runs.kill(broken)
+        broken.communicate()
     resumed = native_runs.run(*again, **settings(mode))
     assert resumed.returncode == 0, resumed.stdout
-    assert_same_runs(straight, output, (6, 8))
+    assert_same_runs(straight, output, (2, 4, 6, 8))
 
 
 class KilledAtStep:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import pkgutil
 import resource
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import native_runs
+from sd3.common.command_line import UserError
+from sd3.common.supervise import descendants
+from sd3.native.stop import alone_in
 
 CHECKPOINTS = ["--seed=3", "--train_batch_size=1"]
 ENDLESS = [*CHECKPOINTS, "--max_train_steps=100000", "--checkpointing_steps=100000"]
@@ -34,7 +39,25 @@ def wait_until_training(output: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+class SignalIn:
+    """Has one rank signalled within its nth call of a function of `sd3.native`."""
+
+    def __init__(self, place: str, number: int = signal.SIGTERM, call: int = 1, rank: int = 0) -> None:
+        self.place, self.number, self.call, self.rank = place, number, call, rank
+
+    def __call__(self) -> None:
+        owner, name = pkgutil.resolve_name(f"sd3.native.{self.place.rpartition('.')[0]}"), self.place.rpartition(".")[2]
+        function, calls = getattr(owner, name), iter(range(1, 1_000_000))
+
+        def signalled(*positional, **named):
+            if next(calls) == self.call and os.environ.get("RANK", "0") == str(self.rank):
+                os.kill(os.getpid(), self.number)
+            return function(*positional, **named)
+
+        setattr(owner, name, signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     number: int, tiny_model: Path, dog_dir: Path, tmp_path: Path
 ) -> None:
@@ -57,6 +80,70 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny_model: Path, dog_d
     assert [native_runs.finished(rank) for rank in ranks] == [143, 143]
     (checkpoint,) = output.glob("checkpoint-*")
     assert (checkpoint / "complete").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_the_midst_of_a_step_ends_the_run_after_that_step(
+    ranks: int, tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = arguments(output, tiny_model, dog_dir, *ENDLESS, "--gradient_accumulation_steps=3")
+    signals = SignalIn("step.FlowMatching.loss", call=5, rank=ranks - 1)  # the second of three in step 2
+    processes = native_runs.forked_ranks(*run, before=signals, ranks=ranks)
+    assert [native_runs.finished(process) for process in processes] == [143] * ranks
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("place", ["loop.write_result", "painting.Painter.paint"])
+def test_a_signal_after_the_last_step_ends_the_run_once_the_result_is_written(
+    place: str, tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = arguments(output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=1", "--validation_prompt=a dog")
+    process = native_runs.forked(*run, "--validation_epochs=100", before=SignalIn(place))
+    assert native_runs.finished(process) == 143, native_runs.log_of(output).read_text()
+    assert (output / "pytorch_lora_weights.safetensors").exists()
+    assert "Stopped by signal 15; the result is written." in native_runs.log_of(output).read_text()
+
+
+def test_the_processes_that_load_leave_signals_to_the_main_one(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    """A scheduler signals every process; the step that goes on still needs its batches."""
+
+    def signalled() -> None:
+        from sd3.native import step
+
+        true_loss, calls = step.FlowMatching.loss, iter(range(1, 1000))
+
+        def loss(*positional):
+            if next(calls) == 2:
+                for pid in descendants(os.getpid()):
+                    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                        os.kill(pid, number)
+                time.sleep(1)
+            return true_loss(*positional)
+
+        step.FlowMatching.loss = loss
+
+    output = tmp_path / "run"
+    run = arguments(output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=8", "--dataloader_num_workers=1")
+    process = native_runs.forked(*run, before=signalled)
+    assert native_runs.finished(process) == 0, native_runs.log_of(output).read_text()
+
+
+def test_a_file_system_without_locks_is_no_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failure = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def flock(*positional: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with alone_in(tmp_path):
+        assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
+    failure = OSError(errno.EWOULDBLOCK, "")
+    with pytest.raises(UserError, match="in use by a run"), alone_in(tmp_path):
+        pass
 
 
 def test_a_second_signal_ends_the_run_at_once(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
@@ -124,6 +211,40 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_checkpoint(
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
     on = native_runs.forked(*run, "--continue_on_nonfinite", before=LossAt(4, float("nan")))
     assert native_runs.finished(on) == 0
+
+
+class GradientAt:
+    """Makes the gradient of a step infinite, the loss being as it should."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self) -> None:
+        import accelerate
+
+        true_backward, calls = accelerate.Accelerator.backward, iter(range(1, 1000))
+
+        def backward(self_: accelerate.Accelerator, loss: torch.Tensor) -> None:
+            true_backward(self_, loss)
+            if next(calls) == self.step:
+                for model in self_._models:
+                    next(p.grad for p in model.parameters() if p.grad is not None).fill_(float("inf"))
+
+        accelerate.Accelerator.backward = backward
+
+
+def test_a_gradient_that_is_not_finite_stops_before_such_weights_reach_a_checkpoint(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run = arguments(
+        output, tiny_model, dog_dir, *CHECKPOINTS, "--max_train_steps=6", "--checkpointing_steps=2", "--log_every=50"
+    )
+    assert native_runs.finished(native_runs.forked(*run, before=GradientAt(4))) == 1
+    log = native_runs.log_of(output).read_text()
+    assert "the gradient's norm of step 4 is" in log
+    assert f"The last good checkpoint: {output / 'checkpoint-2'}" in log
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def no_room() -> None:

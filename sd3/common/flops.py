@@ -55,6 +55,13 @@ def decoder_cost(size: ModelSize, resolution: int) -> Cost:
     )
 
 
+def encoder_cost(size: ModelSize, resolution: int) -> Cost:
+    """Encoding one picture of `resolution` pixels a side; the parameters are those of the whole autoencoder."""
+    return _cost(
+        lambda: model_parts.make_vae(size), lambda vae: vae.encode(torch.empty(1, 3, resolution, resolution))
+    )
+
+
 def t5_cost(size: ModelSize, tokens: int) -> Cost:
     """Encoding one prompt, padded to `tokens`, with T5."""
     return _cost(

@@ -10,11 +10,16 @@ from sd3.common.model_files import check_model
 
 
 def model_directory(
-    name: str, option: str, revision: str | None = None, variant: str | None = None, local_files_only: bool = False
+    name: str,
+    option: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | None = None,
 ) -> Path:
     """The pipeline directory `name`, or that of a hub model in the local cache, downloaded if allowed and needed.
 
-    `option` named it, for messages.
+    `option` named it, for messages; `cache_dir`: the local cache, None for the hub's own.
 
     Raises:
         UserError: it is neither, is incomplete or damaged, or cannot be had from the hub.
@@ -28,7 +33,9 @@ def model_directory(
     offline = local_files_only or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     try:
         return Path(
-            StableDiffusion3Pipeline.download(name, revision=revision, variant=variant, local_files_only=offline)
+            StableDiffusion3Pipeline.download(
+                name, revision=revision, variant=variant, local_files_only=offline, cache_dir=cache_dir
+            )
         )
     except (OSError, ValueError) as error:
         why = "it is not in the local cache" if offline else str(error).strip().splitlines()[0]

@@ -15,6 +15,8 @@ from typing import Any
 
 MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+# Folders that a pipeline may have; a model's own index of them is the word of whoever made the model.
+PARTS = (*MODELS, *TOKENIZERS, "scheduler", "image_encoder", "feature_extractor")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
 # What the hash of a model reads of a large file: samples of each tensor, or blocks where no header names tensors.

@@ -1,8 +1,10 @@
-"""The dimensions of SD3 medium, and of small models that stand in for it where it cannot be had or is too slow.
+"""The dimensions of SD3 medium and SD3.5 large, and of small models for where those cannot be had or are too slow.
 
 `tiny` proves that code runs. `proportional` costs what SD3 medium at 1024x1024 costs, divided by 2000, when it paints
 256x256 pixels: transformer, VAE and text encoders keep their share of the arithmetic and of the memory, so that what is
-saved on it would be saved on SD3 medium. tests/test_flops.py holds it to that.
+saved on it would be saved on SD3 medium. `proportional-1024` and `proportional-512` do the same for training, at
+128x128 pixels: transformer, VAE encoder and text encoders keep the shares that they have when SD3 medium is trained at
+1024x1024 and 512x512. tests/test_flops.py holds them to that.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class ModelSize:
     head_width: int
     sample_size: int
     positions: int
+    qk_norm: str | None = None  # SD3.5's normalization of queries and keys; SD3 medium has none
 
     @property
     def transformer_width(self) -> int:
@@ -74,11 +77,29 @@ SIZES = {
         vae_channels=(12, 24, 44, 44), vae_layers=2, vae_groups=4,
         layers=6, heads=4, head_width=48, sample_size=32, positions=48,
     ),
+    "proportional-1024": ModelSize(
+        clips=(Clip(64, 1, 4, 256, 64), Clip(96, 3, 4, 384, 96)),
+        t5_width=512, t5_feed_forward=1152, t5_layers=1, t5_heads=8, t5_head_width=64, t5_rows=160_000,
+        vae_channels=(32, 48, 96, 96), vae_layers=2, vae_groups=8,
+        layers=4, heads=8, head_width=64, sample_size=16, positions=24,
+    ),
+    "proportional-512": ModelSize(
+        clips=(Clip(128, 1, 4, 512, 128), Clip(192, 4, 4, 768, 192)),
+        t5_width=512, t5_feed_forward=1024, t5_layers=5, t5_heads=8, t5_head_width=64, t5_rows=140_000,
+        vae_channels=(32, 56, 96, 96), vae_layers=2, vae_groups=8,
+        layers=4, heads=8, head_width=64, sample_size=16, positions=24,
+    ),
     "sd3-medium": ModelSize(
         clips=(Clip(768, 12, 12, 3072, 768), Clip(1280, 32, 20, 5120, 1280)),
         t5_width=4096, t5_feed_forward=10240, t5_layers=24, t5_heads=64, t5_head_width=64, t5_rows=32_128,
         vae_channels=(128, 256, 512, 512), vae_layers=2, vae_groups=32,
         layers=24, heads=24, head_width=64, sample_size=128, positions=192,
+    ),
+    "sd3.5-large": ModelSize(
+        clips=(Clip(768, 12, 12, 3072, 768), Clip(1280, 32, 20, 5120, 1280)),
+        t5_width=4096, t5_feed_forward=10240, t5_layers=24, t5_heads=64, t5_head_width=64, t5_rows=32_128,
+        vae_channels=(128, 256, 512, 512), vae_layers=2, vae_groups=32,
+        layers=38, heads=38, head_width=64, sample_size=128, positions=192, qk_norm="rms_norm",
     ),
 }  # fmt: skip
 
@@ -104,5 +125,5 @@ def size_of(parts: Mapping[str, Path]) -> ModelSize:
         vae_groups=vae["norm_num_groups"],
         layers=transformer["num_layers"], heads=transformer["num_attention_heads"],
         head_width=transformer["attention_head_dim"], sample_size=transformer["sample_size"],
-        positions=transformer["pos_embed_max_size"],
+        positions=transformer["pos_embed_max_size"], qk_norm=transformer.get("qk_norm"),
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Small data sets drawn locally, in the two shapes of the published ones, for tests and the quick start.
 
 `dog` is a folder of pictures of one dog-like figure; `pokemon` is a folder with a parquet file of pictures and
-captions. Nothing is downloaded.
+captions; `subject` is a folder of pictures of the striped star that the tiny SD3 has never seen. Nothing is downloaded.
 
-    python -m sd3.common.synthetic_data --kind dog|pokemon --output DIR [--images N] [--size 96] [--seed 0]
+    python -m sd3.common.synthetic_data --kind dog|pokemon|subject --output DIR [--images N] [--size N] [--seed 0]
 """
 
 from __future__ import annotations
@@ -119,6 +119,17 @@ def _write_pokemon(folder: Path, images: int, size: int, rng: random.Random) -> 
     (folder / "dataset_infos.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
+def _write_subject(folder: Path, images: int, size: int, rng: random.Random) -> None:
+    from sd3.tiny_world.grammar import BACKGROUNDS
+    from sd3.tiny_world.render import to_image
+    from sd3.tiny_world.subject import subject_picture
+
+    grounds = list(BACKGROUNDS)
+    for index in range(images):
+        picture = subject_picture(size, rng, grounds[index % len(grounds)])
+        to_image(picture).save(folder / f"{index:02d}.png")
+
+
 def _make(
     write: Callable[[Path, int, int, random.Random], None], output: Path, images: int, size: int, seed: int
 ) -> None:
@@ -146,22 +157,30 @@ def make_pokemon(output: Path, images: int = 8, size: int = 96, seed: int = 0) -
     _make(_write_pokemon, output, images, size, seed)
 
 
-MAKERS = {"dog": make_dog, "pokemon": make_pokemon}
-DEFAULT_IMAGES = {"dog": 5, "pokemon": 8}
+def make_subject(output: Path, images: int = 5, size: int = 64, seed: int = 0) -> None:
+    """Write a folder of PNG pictures of one striped star with a face (sd3/tiny_world/subject.py), at varied places and
+    on varied backgrounds; raises as `make_dog` does."""
+    _make(_write_subject, output, images, size, seed)
+
+
+MAKERS = {"dog": make_dog, "pokemon": make_pokemon, "subject": make_subject}
+DEFAULT_IMAGES = {"dog": 5, "pokemon": 8, "subject": 5}
+DEFAULT_SIZES = {"dog": 96, "pokemon": 96, "subject": 64}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Draw a small data set: a folder of dogs, or captioned creatures.")
+    parser = argparse.ArgumentParser(description="Draw a small data set: dogs, captioned creatures, a striped star.")
     parser.add_argument("--kind", choices=sorted(MAKERS), required=True, help="what to draw")
     parser.add_argument("--output", type=Path, required=True, help="directory to make")
-    parser.add_argument("--images", type=int, help="how many pictures (default: 5 dogs, 8 creatures)")
-    parser.add_argument("--size", type=int, default=96, help="width and height in pixels (default 96)")
+    parser.add_argument("--images", type=int, help="how many pictures (default: 5, or 8 creatures)")
+    parser.add_argument("--size", type=int, help="width and height in pixels (default 96, of the star 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
     options = parser.parse_args(arguments)
     images = DEFAULT_IMAGES[options.kind] if options.images is None else options.images
+    size = DEFAULT_SIZES[options.kind] if options.size is None else options.size
     try:
-        MAKERS[options.kind](options.output, images, options.size, options.seed)
+        MAKERS[options.kind](options.output, images, size, options.seed)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,74 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import string
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sd3.common.files import new_directory
 from sd3.common.model_sizes import SIZES, ModelSize
+from sd3.common.tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
-MADE = ("tiny", "proportional", "sd3-medium")  # the last one takes minutes, 15 GB in float16 and 40 GB of memory
-
-
-def _clip_tokenizer(folder: Path) -> None:
-    """Byte-level CLIP vocabulary without merges: every byte is a token, alone or ending a word."""
-    from transformers.models.clip.tokenization_clip import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    from transformers import CLIPTokenizer
-
-    CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>", model_max_length=77
-    ).save_pretrained(folder)
+# The last two take minutes; in float16 15 and 28 GB on the disk, and 40 GB of memory.
+MADE = tuple(SIZES)
 
 
-def _t5_tokenizer(folder: Path) -> int:
-    """Unigram tokenizer of printable characters; returns the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import T5TokenizerFast
-
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(c for c in string.printable if not c.isspace())]
-    scores = [0.0, 0.0, 0.0, *(-2.0 for _ in pieces[3:])]
-    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=2))
-    tokenizer.normalizer = normalizers.Nmt()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    T5TokenizerFast(
-        tokenizer_object=tokenizer, extra_ids=0, model_max_length=77, pad_token="<pad>", eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
-    return len(pieces)
-
-
-def _write_parts(folder: Path, seed: int, size: ModelSize, half: bool) -> None:
-    import torch
+def write_frame(folder: Path, words: Sequence[str] = ()) -> tuple[int, int]:
+    """Write what a pipeline directory has beside its models: index, scheduler and tokenizers, to which `words` are one
+    token each; returns the sizes of the CLIP and T5 vocabularies."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from sd3.common import model_parts
-
     for name in ("tokenizer", "tokenizer_2"):
-        _clip_tokenizer(folder / name)
-    t5_vocabulary = _t5_tokenizer(folder / "tokenizer_3")
-    clip_vocabulary = len(json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        makers = {
-            "text_encoder": lambda: model_parts.make_clip(size.clips[0], clip_vocabulary),
-            "text_encoder_2": lambda: model_parts.make_clip(size.clips[1], clip_vocabulary),
-            "text_encoder_3": lambda: model_parts.make_t5(size, t5_vocabulary),
-            "vae": lambda: model_parts.make_vae(size),
-            "transformer": lambda: model_parts.make_transformer(size),
-        }
-        for name, make in makers.items():  # one part in memory at a time
-            part = make()
-            (part.half() if half else part).save_pretrained(folder / name)
+        clip_rows = write_clip_tokenizer(folder / name, words)
+    t5_rows = write_t5_tokenizer(folder / "tokenizer_3", words)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusion3Pipeline",
@@ -93,6 +45,27 @@ def _write_parts(folder: Path, seed: int, size: ModelSize, half: bool) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return clip_rows, t5_rows
+
+
+def _write_parts(folder: Path, seed: int, size: ModelSize, half: bool) -> None:
+    import torch
+
+    from sd3.common import model_parts
+
+    clip_vocabulary, t5_vocabulary = write_frame(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        makers = {
+            "text_encoder": lambda: model_parts.make_clip(size.clips[0], clip_vocabulary),
+            "text_encoder_2": lambda: model_parts.make_clip(size.clips[1], clip_vocabulary),
+            "text_encoder_3": lambda: model_parts.make_t5(size, t5_vocabulary),
+            "vae": lambda: model_parts.make_vae(size),
+            "transformer": lambda: model_parts.make_transformer(size),
+        }
+        for name, make in makers.items():  # one part in memory at a time
+            part = make()
+            (part.half() if half else part).save_pretrained(folder / name)
 
 
 def make_tiny_sd3(output: Path, seed: int = 0, size: str = "tiny", half: bool = False) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from sd3.common import pages
 from sd3.common.files import write_text
 from sd3.evaluation.candidates import PictureSet
 from sd3.evaluation.images import ImageSource, decode
@@ -39,7 +38,7 @@ def thumbnail(source: ImageSource) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=82, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return pages.data_address(stream.getvalue(), "image/jpeg")
 
 
 class _Scale:
@@ -138,13 +137,9 @@ def render(results: dict[str, Any], sets: Sequence[PictureSet], subject: Sequenc
     Raises:
         UserError: a picture cannot be read.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(
-        results=results, cards=_cards(results), prompts=_prompts(results, sets),
-        subject=[thumbnail(source) for source in subject[:12]], colours=COLOURS,
+    return pages.render(
+        Path(__file__).with_name("report.html.jinja"), results=results, cards=_cards(results),
+        prompts=_prompts(results, sets), subject=[thumbnail(source) for source in subject[:12]], colours=COLOURS,
     )  # fmt: skip
 
 

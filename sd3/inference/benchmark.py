@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from sd3.common import flops
+from sd3.common import flops, paired
 from sd3.common.command_line import Parser, UserError
-from sd3.common.files import write_text
 from sd3.common.model_sizes import CLIP_TOKENS, SIZES, ModelSize, size_of
+from sd3.common.paired import Variant, add_options, measure, run_benchmark
 from sd3.common.tiny_sd3 import MADE, make_tiny_sd3
-from sd3.inference.benchmark_run import Case, run_case
+from sd3.inference.benchmark_run import Case, Measured, run_case
 from sd3.inference.paint import T5_TOKENS
 from sd3.inference.ranks import Ranks
 from sd3.inference.run import check_dtype, versions
 from sd3.inference.sources import find_sources
-
-# glibc keeps freed memory for later, which a card's allocator counts as free. With this it gives it back at once, which
-# takes time: on a CPU, memory has a run of its own.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,32 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--side", type=int, help="pixels a side (default 256 for proportional, 128 for tiny, else 1024)")
     add("--guidance-scale", type=float, default=1.0, help="guidance scale (default 1, as published)")
     add("--batch-sizes", type=int, nargs="+", default=[1], help="our batch sizes, each compared apart (default 1)")
-    add("--pairs", type=int, default=3, help="paired runs (default 3)")
     add("--compile", action="store_true", help="also ours with a compiled transformer, reported apart")
-    add("--output", type=Path, help="write the figures as JSON")
-    add("--one", help=argparse.SUPPRESS)  # a child's job: "published" or "ours", with the case on standard input
+    add_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str], script: Path) -> int:
     """Command line of `script`; returns the exit status."""
-    try:
-        options = build_parser().parse_args(arguments)
-        if options.one:
-            with tempfile.TemporaryDirectory() as folder:
-                case = Case(**json.load(sys.stdin))
-                measured = run_case(case, options.one == "ours", Path(folder))
-            json.dump(dataclasses.asdict(measured), sys.stdout)
-            return 0
+
+    def one_run(fields: dict, kind: str, folder: Path) -> Measured:
+        return run_case(Case(**fields), kind == "ours", folder)
+
+    def compare(options: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as scratch:
-            result = _compare(options, script, Path(scratch))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    print(as_table(result))
-    if options.output:
-        write_text(options.output, json.dumps(result, indent=2) + "\n")
-    return 0
+            return _compare(options, script, Path(scratch))
+
+    return run_benchmark(build_parser(), arguments, one_run, compare, as_table)
 
 
 def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
@@ -98,24 +78,12 @@ def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
     case = Case(
         model, ranks.torch_device, dtype, options.prompts, options.seeds, options.steps, side, options.guidance_scale
     )
-    variants = [("published", case)]
-    variants += [(f"ours, batch {size}", dataclasses.replace(case, batch_size=size)) for size in options.batch_sizes]
+    variants = {"published": _variant("published", case)}
+    for batch_size in options.batch_sizes:
+        variants[f"ours, batch {batch_size}"] = _variant("ours", dataclasses.replace(case, batch_size=batch_size))
     if options.compile:
-        variants.append(("ours, compiled", dataclasses.replace(case, compiled=True)))
-    runs: dict[str, list[dict]] = {name: [] for name, _ in variants}
-    with tqdm(total=options.pairs * len(variants), desc="Runs") as bar:
-        for number in range(options.pairs):
-            # Back and forth, so that a machine that slows down or warms up favours nobody.
-            for name, one in variants if number % 2 == 0 else variants[::-1]:
-                bar.set_postfix_str(name)
-                runs[name].append(_child(script, name, one))
-                bar.update()
-    if ranks.device == "cpu":
-        for name, one in variants:
-            short = dataclasses.replace(one, prompts=1, seeds=one.batch_size, steps=1)
-            peak = _child(script, name, short, **GIVE_BACK)["peak_bytes"]
-            for run in runs[name]:
-                run["peak_bytes"] = peak
+        variants["ours, compiled"] = _variant("ours", dataclasses.replace(case, compiled=True))
+    runs = measure(script, variants, options.pairs)
     return {
         "case": {**dataclasses.asdict(case), "model": options.model},
         "machine": {"processor": platform.processor() or platform.machine(), **versions(ranks.device)},
@@ -125,25 +93,17 @@ def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
     }
 
 
-def _child(script: Path, name: str, case: Case, **environment: str) -> dict:
-    kind = "published" if name == "published" else "ours"
-    done = subprocess.run(
-        [sys.executable, str(script), f"--one={kind}"], input=json.dumps(dataclasses.asdict(case)),
-        capture_output=True, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"the run '{name}' failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", 1)
-    return json.loads(done.stdout.splitlines()[-1])
+def _variant(kind: str, case: Case) -> Variant:
+    """On a CPU memory is measured while one batch is painted in one step."""
+    one_batch = dataclasses.replace(case, prompts=1, seeds=case.batch_size, steps=1)
+    return Variant(kind, case, one_batch if case.device == "cpu" else None)
 
 
 def ratios(published: Sequence[dict], ours: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Of each pair, published over ours in pictures a second, and ours over published in memory: min, median, max."""
-    pairs = list(zip(published, ours, strict=True))
-    speed = [theirs["seconds"] / own["seconds"] for theirs, own in pairs]
-    memory = [own["peak_bytes"] / theirs["peak_bytes"] for theirs, own in pairs]
+    """Of each pair, published over ours in seconds, and ours over published in memory: min, median, max."""
     return {
-        name: {"min": min(values), "median": statistics.median(values), "max": max(values)}
-        for name, values in (("speed", speed), ("memory", memory))
+        "speed": paired.ratios(published, ours, "seconds"),
+        "memory": paired.ratios(ours, published, "peak_bytes"),
     }
 
 
@@ -173,8 +133,8 @@ def as_table(result: dict) -> str:
     for name, runs in result["runs"].items():
         rate = statistics.median(run["pictures"] / run["seconds"] for run in runs)
         against = result["ratios"].get(name)
-        speed = ", ".join(f"{against['speed'][key]:.3f}" for key in ("min", "median", "max")) if against else "1"
-        memory = ", ".join(f"{against['memory'][key]:.2f}" for key in ("min", "median", "max")) if against else "1"
+        speed = paired.shown(against["speed"], 3) if against else "1"
+        memory = paired.shown(against["memory"], 2) if against else "1"
         lines.append(f"| {name} | {rate:.3f} | {speed} | {memory} |")
     lines += ["", f"Bound set by arithmetic for batch 1: {result['bound']:.4f}."]
     return "\n".join(lines)

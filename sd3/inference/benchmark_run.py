@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from sd3.common.memory import PeakMemory, device_module
 from sd3.common.pictures import Recipe, save_picture
 from sd3.inference.paint import Painter, encode_prompts
 from sd3.inference.sources import find_sources
@@ -17,7 +17,6 @@ from sd3.inference.weights import Weights
 
 SUBJECTS = ("dog", "cat", "teapot", "clock", "bird", "house", "robot", "flower")
 PLACES = ("on a beach", "in the snow", "on the moon", "in a city street")
-SAMPLE_SECONDS = 0.002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,59 +53,18 @@ class Measured:
     pictures: int
 
 
-class _Memory:
-    """Peak memory between enter and exit."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._module = None if device.type == "cpu" else getattr(torch, device.type)
-        self._done = threading.Event()
-        self._peak = self._start = 0
-
-    def __enter__(self) -> _Memory:
-        if self._module:
-            self._module.reset_peak_memory_stats()
-        else:
-            self._start = _resident_bytes()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._module:
-            self._peak = self._module.max_memory_allocated()
-        else:
-            self._done.set()
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
-            self._peak = max(self._peak, _resident_bytes())
-
-    @property
-    def peak(self) -> int:
-        """Bytes beyond those at the start."""
-        return self._peak - self._start
-
-
-def _resident_bytes() -> int:
-    """Memory of this process that is no file: weights mapped from a file and not yet read would not count on a CPU,
-    but they would on a device. Weights in float16 files, as published, are copied when they become float32."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-
 def run_case(case: Case, ours: bool, folder: Path) -> Measured:
     """Paint all pictures of a case into `folder`."""
     device = torch.device(case.device)
-    with _Memory(device) as memory:
+    with PeakMemory(device) as memory:
         seconds, load_seconds = (_ours if ours else _published)(case, device, folder)
     return Measured(seconds, load_seconds, memory.peak, case.prompts * case.seeds)
 
 
 def _now(device: torch.device) -> float:
     """The time when all that was asked of the device is done."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if module := device_module(device):
+        module.synchronize()
     return time.perf_counter()
 
 

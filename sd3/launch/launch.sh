@@ -21,14 +21,27 @@ OPTION=(
 
 project_python() { PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" "$@"; }
 
+# The engine whose checkpoints a resumed run holds: the native one's have a manifest; else what the settings say.
+engine_of_run() {
+  local checkpoint="${OPTION[resume]}"
+  [ "$checkpoint" != latest ] || checkpoint='checkpoint-*'
+  if [ -n "$(find "$RUN_DIR" -mindepth 2 -maxdepth 2 -path "*/$checkpoint/manifest.json" 2>/dev/null)" ]; then
+    echo native
+  elif [ -r "$RUN_DIR/run_settings.json" ]; then
+    sed -n 's/^ *"engine": "\([a-z]*\)",*$/\1/p' "$RUN_DIR/run_settings.json"
+  fi
+}
+
 # ENGINE and TRAIN_SCRIPT, and the first line of output: which, and why.
 choose_engine() {
-  local reason="asked for" wrong
+  local reason="asked for" wrong began=""
   ENGINE="${OPTION[engine]}"
-  if [ "$ENGINE" = auto ] && [ -n "${OPTION[resume]}" ] && [ -r "$RUN_DIR/run_settings.json" ]; then
-    # A checkpoint is its engine's own: a set-up that found or lost the source since then must not change it.
-    ENGINE="$(sed -n 's/^ *"engine": "\([a-z]*\)",*$/\1/p' "$RUN_DIR/run_settings.json")"
-    reason="it began the run"
+  # A checkpoint is its engine's own: neither an option nor a set-up that found or lost the source may change it.
+  [ -z "${OPTION[resume]}" ] || began="$(engine_of_run)"
+  if [ -n "$began" ] && [ "$ENGINE" = auto ]; then
+    ENGINE="$began" reason="it began the run"
+  elif [ -n "$began" ] && [ "$ENGINE" != "$began" ]; then
+    fail "--engine=$ENGINE cannot go on with the checkpoints of $RUN_DIR, which are of --engine=$began; leave the option out."
   fi
   if [ "${ENGINE:=auto}" != native ]; then
     if wrong="$(. "$PROJECT_DIR/patches/lib.sh" && queue_source_ok "$PROJECT_DIR/build/diffusers" 2>&1)"; then
@@ -117,7 +130,7 @@ build_command() {
   local processes=$((OPTION[num_processors] * OPTION[num_machines])) config="$CONFIG"
   # The fp16 file names deepspeed_fp16.json, which no flag takes back: another precision needs the other file.
   [ "$DEEPSPEED" -eq 0 ] || [ "${OPTION[mixed_precision]}" = fp16 ] || config=bf16_accelerate_config.yaml
-  # Quiet: where the script has said what is wrong, a stack of accelerate's own adds nothing.
+  # Quiet: where a single rank has said what is wrong, a stack of accelerate's own adds nothing.
   COMMAND=("$PYTHON" -m accelerate.commands.launch --quiet "--config_file=${OPTION[config_file]:-$SD3_DIR/$config}"
     "--num_processes=$processes" "--num_machines=${OPTION[num_machines]}" "--machine_rank=${OPTION[machine_rank]}"
     "--main_process_ip=${OPTION[main_process_ip]}" "--main_process_port=${OPTION[main_process_port]}")
@@ -206,7 +219,10 @@ prepare_run_dir() {
   [ -w "$RUN_DIR" ] || fail "--output_dir=$RUN_DIR cannot be written; name a directory that you may write."
   [ "${OPTION[machine_rank]}" -eq 0 ] || return 0
   exec 8>"$RUN_DIR/.lock"
-  flock -n 8 || fail "--output_dir=$RUN_DIR is in use by a run that is still going; wait for it or name another."
+  flock -n 8 || case $? in
+    1) fail "--output_dir=$RUN_DIR is in use by a run that is still going; wait for it or name another." ;;
+    *) echo "$LAUNCHER.sh: $RUN_DIR cannot be locked: see that no other run uses it." >&2 ;;
+  esac
   {
     printf '#!/usr/bin/env bash\n# The exact command of this run. Secrets are not in it: export HF_TOKEN yourself.\n'
     local name
@@ -220,11 +236,19 @@ prepare_run_dir() {
     quoted_command
   } | write_file "$RUN_DIR/command.sh"
   settings_json | write_file "$RUN_DIR/run_settings.json"
-  project_python -m sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE" | write_file "$RUN_DIR/environment.json"
+  # From the project's directory: started from another copy of the project, that one would be described.
+  (cd "$PROJECT_DIR" && project_python -m sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE") |
+    write_file "$RUN_DIR/environment.json"
+}
+
+# pass_on SIGNAL STATUS: to the supervisor, the only background process of this shell.
+pass_on() {
+  [ -n "${!:-}" ] || exit "$2"
+  kill "-$1" "$!" 2>/dev/null || true
 }
 
 launch() {
-  local status=0 log=train.log child
+  local status=0 log=train.log
   parse_options "$@"
   settle_options
   check_numbers
@@ -242,18 +266,18 @@ launch() {
   prepare_run_dir
   echo "run directory: $RUN_DIR"
   [ "${OPTION[machine_rank]}" -eq 0 ] || log="train-machine-${OPTION[machine_rank]}.log"
+  # Before the supervisor is there: without it a signal has nothing to end but this shell.
+  trap 'pass_on INT 130' INT
+  trap 'pass_on TERM 143' TERM HUP
   # Descriptor 8 is the run's lock: this shell's alone, so that no stray process can hold it.
   # No function here: $! must be Python itself.
   PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m sd3.common.supervise --log "$RUN_DIR/$log" --grace "${SD3_STOP_GRACE:-60}" \
     -- "${COMMAND[@]}" 8>&- &
-  child=$!
-  trap 'kill -INT "$child" 2>/dev/null || true' INT
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM HUP
   # A signal interrupts wait; the supervisor is then still ending the ranks.
   while :; do
     status=0
-    wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break
+    wait "$!" || status=$?
+    kill -0 "$!" 2>/dev/null || break
   done
   trap - INT TERM HUP
   if [ "${OPTION[machine_rank]}" -eq 0 ]; then

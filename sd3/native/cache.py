@@ -1,7 +1,8 @@
 """Tensors on disk under the hash of what they were computed from; written once, read by any run that needs the same.
 
 A file holds safetensors and nothing else, so reading one executes nothing. It appears whole or not at all, and whoever
-computes the same entry at the same time writes the same file.
+computes the same entry at the same time writes the same file. What is read is the file itself, mapped into memory: the
+processes of a machine share its pages, and the system takes them back where memory is short.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from sd3.common.files import new_file
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int | None, ...]]  # by the tensors' names; None for any number
 LEFTOVER_AGE = 24 * 3600  # s
-KEPT_BYTES = 2 << 30  # of what was read, kept in memory by one process
+KEPT_BYTES = 64 << 20  # of files that one process keeps mapped
 
 
 class Cache:
@@ -52,19 +54,23 @@ class Cache:
         """Where an entry lies."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def holds(self, key: str) -> bool:
-        """Is there a whole entry? One that cannot be read counts as none, and is computed again."""
+    def holds(self, key: str, shapes: Shapes) -> bool:
+        """Is there a whole entry with these tensors? Anything else counts as none, and is computed again."""
         if not self.file(key).is_file():
             return False
         try:
-            self.read(key)
+            found = self.read(key)
         except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s) and will be computed again.", self.file(key), error)
-            return False
-        return True
+            wrong = str(error)
+        else:
+            wrong = _unlike(found, shapes)
+        if wrong:
+            self._kept.pop(key, None)
+            logger.warning("%s is damaged (%s) and will be computed again.", self.file(key), wrong)
+        return not wrong
 
     def read(self, key: str) -> Tensors:
-        """The tensors of an entry, on the CPU.
+        """The tensors of an entry, on the CPU; they are the file's pages and not to be written to.
 
         Raises:
             SafetensorError, OSError: it is not there or not whole.
@@ -93,9 +99,23 @@ class Cache:
             ) from None
 
 
+def _unlike(tensors: Tensors, shapes: Shapes) -> str:
+    """What keeps the tensors from being those that were expected; empty if nothing does."""
+    if tensors.keys() != shapes.keys():
+        return f"it holds {', '.join(tensors) or 'nothing'}, expected {', '.join(shapes)}"
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape)
+        if len(found) != len(shape) or any(want not in (None, side) for side, want in zip(found, shape, strict=True)):
+            return f"{name} has shape {found}, expected {shape}"
+        if not tensors[name].isfinite().all():
+            return f"{name} is not finite"
+    return ""
+
+
 def compute_missing(
     cache: Cache,
     keys: Sequence[str],
+    shapes: Shapes,
     compute: Callable[[list[int]], list[Tensors]],
     chunk_size: int,
     mine: Callable[[int], bool],
@@ -106,15 +126,15 @@ def compute_missing(
     A chunk with an entry missing is computed whole: the composition of a batch can show in the last bits of its
     results, and a run that was killed half-way must end with the very entries of one that was not.
 
-    `compute` maps places in `keys` to their tensors; `mine` says of a chunk's number whether this rank computes it;
-    `progress` is told how many places are done.
+    `shapes`: of an entry's tensors. `compute` maps places in `keys` to their tensors; `mine` says of a chunk's number
+    whether this rank computes it; `progress` is told how many places are done.
     """
     written = 0
     for number, first in enumerate(range(0, len(keys), chunk_size)):
         if not mine(number):
             continue
         chunk = list(range(first, min(first + chunk_size, len(keys))))
-        missing = [place for place in chunk if not cache.holds(keys[place])]
+        missing = [place for place in chunk if not cache.holds(keys[place], shapes)]
         if missing:
             tensors = dict(zip(chunk, compute(chunk), strict=True))
             for place in missing:

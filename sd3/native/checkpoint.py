@@ -7,8 +7,11 @@ manifest is checked first, but whoever can write the directory can write the man
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,19 @@ from safetensors.torch import load_file, save_file
 
 from sd3.common.command_line import UserError
 from sd3.native import checkpoint_files
+from sd3.native.flag_changes import differences, remembered
 from sd3.native.model import Trained, trainable
 
+logger = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 DEEPSPEED = "deepspeed"
 LORA = "pytorch_lora_weights.safetensors"
-FORMAT = 1
+FORMAT = 2
+FACTS = {
+    "format": int, "kind": str, "deepspeed": bool, "ranks": int, "step": int, "position": int, "seed": int, "data": str,
+    "flags": dict, "schedule": dict,
+}  # fmt: skip
 UNREADABLE = "{} cannot be read ({} is not what this engine writes); resume from another checkpoint."
 
 
@@ -71,10 +80,7 @@ def find(options: argparse.Namespace, accelerator: Accelerator, kind: str) -> tu
         raise folder
     if folder is None:
         return None
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(UNREADABLE.format(folder, STATE)) from None
+    state = _state_of(folder)
     ranks, deepspeed = accelerator.num_processes, accelerator.distributed_type == DistributedType.DEEPSPEED
     if state["format"] != FORMAT:
         raise UserError(
@@ -90,7 +96,29 @@ def find(options: argparse.Namespace, accelerator: Accelerator, kind: str) -> tu
             f"{folder} was written by {state['ranks']} ranks, and DeepSpeed's state cannot be dealt out to {ranks}; "
             f"resume with {state['ranks']} ranks."
         )
+    for sentence in differences(folder, state["flags"], options) if accelerator.is_main_process else []:
+        logger.warning("%s", sentence)
+    if options.max_train_steps and options.max_train_steps < state["step"]:
+        raise UserError(
+            f"--max_train_steps={options.max_train_steps} is less than the {state['step']} steps of {folder}; give "
+            "more, or resume from an earlier checkpoint."
+        )
     return folder, state
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint.
+
+    Raises:
+        UserError: they are not what `_write` writes.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not all(isinstance(state[name], kind) for name, kind in FACTS.items()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(UNREADABLE.format(folder, STATE)) from None
+    return state
 
 
 def _tensors_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -132,7 +160,7 @@ class Checkpoints:
         self._together(folder, lambda: self._write(aside, folder, {"step": step, **facts}))
         return folder
 
-    def _together(self, folder: Path, write: Any, everyone: bool = False) -> None:  # noqa: ANN401
+    def _together(self, folder: Path, write: Callable[[], None], everyone: bool = False) -> None:
         """Do one part of the writing on the main rank or everyone; where one fails, all stop with the same message."""
         wrong: str | None = None
         if everyone or self.accelerator.is_main_process:
@@ -152,6 +180,16 @@ class Checkpoints:
     def _begin(self, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
+        # Where it is plain that there is no room, no rank begins to write: DeepSpeed's would wait for one that failed.
+        needed, free = self.least_bytes(), shutil.disk_usage(aside).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.1f} MB or more, and {free / 1e6:.1f} MB are free")
+
+    def least_bytes(self) -> int:
+        """What a checkpoint takes at least: the trained weights and two moments; DeepSpeed keeps the weights thrice."""
+        count = sum(parameter.numel() for parameter in self.trained.parameters())
+        moments = 2 if self.options.use_8bit_adam else 8
+        return count * (4 + moments + (4 if self.deepspeed else 0))
 
     def _write_deepspeed(self, aside: Path) -> None:
         self.model.save_checkpoint(
@@ -162,7 +200,8 @@ class Checkpoints:
         self.trained.write_weights(aside)
         state = {
             "format": FORMAT, "kind": self.trained.kind, "deepspeed": self.deepspeed,
-            "ranks": self.accelerator.num_processes, "schedule": self.schedule.state_dict(), **facts,
+            "ranks": self.accelerator.num_processes, "schedule": self.schedule.state_dict(),
+            "flags": remembered(self.options), **facts,
         }  # fmt: skip
         if not self.deepspeed:
             tensors, state["optimizer"] = pack(self.optimizer.state_dict())
@@ -183,7 +222,10 @@ class Checkpoints:
             self.model.load_checkpoint(str(folder), tag=DEEPSPEED, load_module_strict=not self.trained.lora)
         else:
             self._load_weights(folder)
-            self.optimizer.load_state_dict(unpack(_tensors_of(folder, OPTIMIZER), state["optimizer"]))
+            try:
+                self.optimizer.load_state_dict(unpack(_tensors_of(folder, OPTIMIZER), state["optimizer"]))
+            except (KeyError, ValueError, TypeError, AttributeError):
+                raise UserError(UNREADABLE.format(folder, "the optimizer's state")) from None
             if self.accelerator.scaler is not None and "scaler" in state:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         self.schedule.load_state_dict(state["schedule"])
@@ -211,5 +253,11 @@ class Checkpoints:
         for name, part in self.trained.parts.items():
             if not (folder / name).is_dir():
                 raise UserError(f"{folder} holds no {name}; give the same --train_text_encoder as before.")
-            stored = type(part).from_pretrained(folder / name, torch_dtype=torch.float32, use_safetensors=True)
-            part.load_state_dict(stored.state_dict())
+            try:
+                stored = type(part).from_pretrained(folder / name, torch_dtype=torch.float32, use_safetensors=True)
+                part.load_state_dict(stored.state_dict())
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):
+                raise UserError(
+                    f"{folder / name} cannot be read as the {name} in training; give the same "
+                    "--pretrained_model_name_or_path as before, or resume from another checkpoint."
+                ) from None

@@ -55,6 +55,23 @@ def clear_leftovers(output: Path, newer_than: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(output: Path, newer_than: int) -> list[Path]:
+    """Rename checkpoints newer than the step that a run goes on from; returns their new names.
+
+    They are of a past that the run has gone back behind, or damaged: among the run's own they would be taken for the
+    newest, by rotation and by the next resume.
+    """
+    moved = []
+    for path in output.glob("checkpoint-*"):
+        if NAME.fullmatch(path.name) and step_of(path) > newer_than:
+            name = output / f"abandoned-{path.name}"
+            names = (name.with_name(f"{name.name}{suffix}") for suffix in ("", *(f".{n}" for n in range(2, 1000))))
+            target = next(path for path in names if not path.exists())
+            os.replace(path, target)
+            moved.append(target)
+    return sorted(moved)
+
+
 def rotate(output: Path, limit: int | None, keep_every: int | None) -> None:
     """Remove all but the `limit` newest complete checkpoints; those at multiples of `keep_every` stay."""
     if not limit:
@@ -99,7 +116,8 @@ def find(output: Path, wanted: str) -> Path | None:
         folder = known[-1]
     else:
         folder = output / Path(wanted).name
-        if folder not in known:
+        elsewhere = len(Path(wanted).parts) > 1 and Path(wanted).resolve() != folder.resolve()
+        if elsewhere or folder not in known:
             names = ", ".join(path.name for path in known) or "none"
             raise UserError(
                 f"--resume_from_checkpoint={wanted} is no complete checkpoint of {output}; there is: {names}."

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ from sd3.native.precompute import Precompute
 from sd3.native.prior import class_pictures
 from sd3.native.randomness import seed_of
 from sd3.native.step import Batch
+from sd3.native.stop import SIGNALS
 from sd3.native.stream import Stream
 from sd3.native.text import Tokenizers
+
+FEW = 4  # captions of a data set that are sent to the device once, not with each batch
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,12 @@ class Samples(Dataset):
         return position, found
 
 
+def leave_signals(_worker: int) -> None:
+    """Ignore signals in a loader process: the main process acts on them, and needs its batches to end the step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Loader:
     """This rank's batches, one after another, from a position of the stream to the end of the run."""
 
@@ -119,31 +129,47 @@ class Loader:
     def batches(self, position: int, rank: int, steps: int) -> Iterator[Batch]:
         """The batches of a rank over `steps` optimizer steps from `position` on."""
         workers = self.options.dataloader_num_workers
+        # From pinned memory the device fetches a batch while it computes on the one before.
+        pinned = self.device.type in ("cuda", "npu")
         loader = DataLoader(
             self.samples,
             batch_sampler=self.samples.stream.batches(position, rank, steps),
             collate_fn=self._collate,
             num_workers=workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=pinned,
+            pin_memory_device="npu" if self.device.type == "npu" else "",  # CUDA needs no naming
             prefetch_factor=4 if workers else None,
+            worker_init_fn=leave_signals,
         )
+        few = [text.to(self.device) for text in self._texts(self.samples.items.captions)] if self._few() else None
         for positions, mean, logvar, texts, rows in loader:
             mean, logvar, rows, *texts = (
                 tensor.to(self.device, non_blocking=True) for tensor in (mean, logvar, rows, *texts)
             )
+            texts = texts if few is None else few
             yield Batch(mean, logvar, tuple(text.index_select(0, rows) for text in texts), positions)
+
+    def _few(self) -> bool:
+        return len(self.samples.items.captions) <= FEW
+
+    def _texts(self, captions: Sequence[str]) -> list[torch.Tensor]:
+        """What the model is given for each of the captions, stacked."""
+        return [torch.stack(column) for column in zip(*(self.texts[caption] for caption in captions), strict=True)]
 
     def _collate(
         self, batch: Sequence
     ) -> tuple[list[int], torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Positions, means, log-variances, each distinct caption's text, and which of them each row has.
 
-        The rows are the subject's pictures, then those of the class.
+        The rows are the subject's pictures, then those of the class. Where the data set has few captions, the texts
+        are none, and the rows count them in its own order.
         """
         positions = [position for position, _ in batch]
         rows = [half for halves in zip(*(found for _, found in batch), strict=True) for half in halves]
-        captions = list(dict.fromkeys(caption for _, _, caption in rows))
-        texts = [torch.stack(column) for column in zip(*(self.texts[caption] for caption in captions), strict=True)]
+        captions, texts = self.samples.items.captions, []
+        if not self._few():
+            captions = list(dict.fromkeys(caption for _, _, caption in rows))
+            texts = self._texts(captions)
         return (
             positions,
             torch.stack([mean for mean, _, _ in rows]),

@@ -11,19 +11,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.utils import HfHubHTTPError
 
 from sd3.common.command_line import UserError
 from sd3.common.files import new_file
+from sd3.common.model_files import PARTS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# What a run directory holds beside the weights that is of no use to others, or that tells of this machine:
-# command.sh has the command line, token included. The hub's * takes slashes too.
-NOT_UPLOADED = ("checkpoint-*", ".*", "*/.*", "*.lock", "*.log", "*__pycache__*", "command.sh", "environment.json")
+# What a run makes for others, by kind. A run directory holds more, which tells of this machine and of the data: logs,
+# settings, reports, and whatever folders its owner keeps there. The hub's * takes slashes too.
+UPLOADED = {
+    "full": ("model_index.json", *(f"{part}/*" for part in PARTS)),
+    "lora": (LORA_WEIGHT_NAME_SAFE,),
+}
 
 DESCRIPTION = """
 # {title}
@@ -73,7 +78,7 @@ def upload(
     kind: str,
     trained_text_encoders: bool,
 ) -> None:
-    """Write the model card and its pictures into --output_dir, and send that directory to `repo_id`.
+    """Write the model card and its pictures into --output_dir, and send them and the weights to `repo_id`.
 
     Args:
         pictures: what the trained model painted of --validation_prompt; may be empty.
@@ -83,15 +88,15 @@ def upload(
         UserError: the hub refuses or cannot be reached; the weights stay where they are.
     """
     folder = Path(options.output_dir)
-    for number, picture in enumerate(pictures):
-        with new_file(folder / f"image_{number}.png") as aside:
+    shown = [f"image_{number}.png" for number in range(len(pictures))]
+    for name, picture in zip(shown, pictures, strict=True):
+        with new_file(folder / name) as aside:
             picture.save(aside, format="PNG")
-    ignored = [*NOT_UPLOADED, *_inside(Path(options.precompute_dir), folder)]
     with _told_of_the_hub(f"--push_to_hub: {folder} cannot be uploaded to {repo_id}"):
         _write_card(options, repo_id, len(pictures), kind, trained_text_encoders)
         upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="DreamBooth training",
-            ignore_patterns=ignored, token=options.hub_token,
+            allow_patterns=[*UPLOADED[kind], "README.md", *shown], token=options.hub_token,
         )  # fmt: skip
 
 
@@ -142,12 +147,6 @@ def licence_of(model: str) -> tuple[str, str]:
     else:
         family, repo = "SD3", "stable-diffusion-3-medium"
     return family, f"https://huggingface.co/stabilityai/{repo}/blob/main/LICENSE.md"
-
-
-def _inside(path: Path, folder: Path) -> list[str]:
-    """A pattern for what lies at `path`, if that is inside `folder`."""
-    path, folder = path.resolve(), folder.resolve()
-    return [f"{path.relative_to(folder).as_posix()}/*"] if folder in path.parents else []
 
 
 @contextlib.contextmanager

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import diffusers
 import torch
@@ -20,6 +22,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
 from sd3.common.model_sizes import CLIP_TOKENS
+from sd3.common.refusals import refuse
 from sd3.native import checkpoint, checkpoint_files, hub
 from sd3.native.checkpoint import Checkpoints
 from sd3.native.data import Items, Loader, Samples, Texts, names_at
@@ -39,6 +42,9 @@ from sd3.native.stream import Stream
 from sd3.native.utilization import Work, device_name, work_of
 
 logger = logging.getLogger(__name__)
+# What holds process groups lives as long as the process: gloo's threads may wait for the interpreter's lock while the
+# one that collects their group waits for them, and a run of several ranks would never end. See `leave`.
+KEPT: list[object] = []
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,21 +57,37 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
         with alone_in(Path(options.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
             return run(options, kind, accelerator)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+        return refuse(error)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with all that is buffered written, and nothing collected; see KEPT."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start_accelerator(options: argparse.Namespace) -> Accelerator:
-    """Join the other ranks, and set up logging and precision."""
+    """Join the other ranks, and set up logging and precision.
+
+    Raises:
+        UserError: the launch configuration shards the model over the ranks.
+    """
     output = Path(options.output_dir)
+    # Every trained parameter takes part in every step: nobody has to search for those that do not. The buffers are
+    # constants; the table of positions alone would be hundreds of MB to send at every step.
+    distributed = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         mixed_precision=options.mixed_precision,
         log_with=options.report_to,
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output / options.logging_dir),
-        # Every trained parameter takes part in every step: nobody has to search for those that do not.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[distributed],
     )
+    refuse_sharding(accelerator)
+    # NpuFusedAdamW reads the gradients from one tensor of its own; as views of DDP's buckets they would leave it.
+    distributed.gradient_as_bucket_view = accelerator.device.type != "npu"
     # A launch configuration's own number would win over the flag.
     accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -89,13 +111,32 @@ def start_accelerator(options: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Raise UserError where parts of the parameters lie on other ranks: no rank could encode or write by itself."""
+    found = accelerator.distributed_type
+    if found == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        if stage in (0, 1, 2):
+            return
+        found = f"DeepSpeed's ZeRO stage {stage}"
+    elif found == DistributedType.NO or found.value.startswith("MULTI_"):
+        return
+    else:
+        found = found.value
+    raise UserError(
+        f"{found} in the launch configuration is not supported by this engine; launch one process, DDP, or "
+        "DeepSpeed with ZeRO stage 0, 1 or 2."
+    )
+
+
 def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int:
     """One run, to its end or to a signal; returns the exit status."""
     device, ranks = accelerator.device, accelerator.num_processes
     dtype = DTYPES[accelerator.mixed_precision]
     model_folder = model_directory(
-        options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision, options.variant
-    )
+        options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision, options.variant,
+        cache_dir=options.cache_dir,
+    )  # fmt: skip
     repository = hub.prepare_repo(options) if accelerator.is_main_process else None
 
     resumed = checkpoint.find(options, accelerator, kind)
@@ -129,6 +170,8 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         logger.warning("%s holds no complete checkpoint; starting anew.", options.output_dir)
     if accelerator.is_main_process:
         checkpoint_files.clear_leftovers(Path(options.output_dir), newer_than=done)
+        for moved in checkpoint_files.set_aside(Path(options.output_dir), newer_than=done):
+            logger.warning("The run starts behind a checkpoint that was there; it is now %s.", moved)
         accelerator.init_trackers("dreambooth-sd3-lora" if kind == "lora" else "dreambooth-sd3", public(options))
 
     vae = AutoencoderKL.load_config(model_folder / "vae")
@@ -142,18 +185,19 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     log_every = options.log_every or (1 if device.type == "cpu" else 10)
     profile = Profile(options.profile, Path(options.output_dir) / "profile", accelerator.process_index, device.type)
     stopper = Stopper()
+    KEPT.extend((model, optimizer, checkpoints, stopper))
     logger.info(
         "Training %s: %d samples, %d steps of %d, %d an epoch.",
         kind, len(items), steps, stream.samples_a_step, stream.steps_an_epoch,
     )  # fmt: skip
 
     for step in range(done + 1, steps + 1):
-        stopper.ask()
         rate = schedule.get_last_lr()[0]
         with profile.step(step - done):
-            loss = optimize(options, seed, accelerator, model, optimizer, flow, batches)
+            loss, norm = optimize(options, seed, accelerator, model, optimizer, flow, batches)
+        stopper.ask()
         schedule.step()
-        metrics.add(step, position, loss, rate)
+        metrics.add(step, position, loss, norm, rate)
         position += stream.samples_a_step
 
         signal = stopper.answer()
@@ -166,6 +210,9 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         if signal:
             logger.warning("Stopped by signal %d after step %d; checkpoint-%d is complete.", signal, step, step)
             metrics.close()
+            profile.close()
+            for tracker in accelerator.trackers:
+                tracker.finish()
             return 128 + signal
         epoch, rest = divmod(step, stream.steps_an_epoch)
         if rest == 0 and painter.due(epoch - 1) and accelerator.is_main_process:
@@ -173,9 +220,11 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
                 painter.paint(trained, epoch - 1)
 
     metrics.close()
+    profile.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_result(trained, model_folder, Path(options.output_dir), dtype)
+        stopper.release("the result is written")
         epochs = math.ceil(steps / stream.steps_an_epoch)
         pictures = painter.paint(trained, epochs - 1, "test") if painter.wanted else []
         if repository:
@@ -192,9 +241,9 @@ def agreed_seed(options: argparse.Namespace) -> int:
 def optimize(
     options: argparse.Namespace, seed: int, accelerator: Accelerator, model: torch.nn.Module,
     optimizer: torch.optim.Optimizer, flow: FlowMatching, batches: Iterator[Batch],
-) -> torch.Tensor:  # fmt: skip
-    """One optimizer step over its batches; returns their mean loss, a scalar on the device."""
-    losses = []
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One optimizer step over its batches; returns their mean loss and the gradient's norm, scalars on the device."""
+    losses, norm = [], None
     for _ in range(options.gradient_accumulation_steps):
         batch = next(batches)
         seed_everything(seed_of(seed, "dropout", batch.positions[0]))
@@ -203,35 +252,41 @@ def optimize(
             accelerator.backward(loss)
             # DeepSpeed clips by its own configuration.
             if accelerator.sync_gradients and accelerator.distributed_type != DistributedType.DEEPSPEED:
-                accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-    return torch.stack(losses).mean()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = model.get_global_grad_norm()
+    return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
 
 
 def check(
     options: argparse.Namespace, readings: Sequence[Reading], items: Items, stream: Stream, checkpoints: Checkpoints
 ) -> None:
-    """Stop where a loss is not finite, before such weights reach a checkpoint.
+    """Stop where a loss or a gradient is not finite, before such weights reach a checkpoint.
 
     Raises:
         UserError: as said, with the step, its pictures and the last good checkpoint.
     """
-    bad = next((one for one in readings if not math.isfinite(one.loss)), None)
+    bad = next((one for one in readings if not math.isfinite(one.loss + one.gradient_norm)), None)
     if bad is None or options.continue_on_nonfinite:
         return
     names = names_at(items, stream, range(bad.position, bad.position + stream.samples_a_step))
+    what = f"loss of step {bad.step} is {bad.loss}"
+    if math.isfinite(bad.loss):
+        what = f"gradient's norm of step {bad.step} is {bad.gradient_norm}"
     raise UserError(
-        f"the loss of step {bad.step} is {bad.loss} (pictures: {', '.join(dict.fromkeys(names))}); lower "
-        f"--learning_rate or look at these pictures. The last good checkpoint: {checkpoints.last()}.", 1,
+        f"the {what} (pictures: {', '.join(dict.fromkeys(names))}); lower --learning_rate or look at these pictures. "
+        f"The last good checkpoint: {checkpoints.last()}.", 1,
     )  # fmt: skip
 
 
 def work(options: argparse.Namespace, trained: Trained) -> Work:
-    """What training costs for one picture of this run."""
+    """What training costs for one sample of this run: a picture, and with prior preservation one of its class."""
     transformer = trained.parts["transformer"]
     blocks = len(transformer.transformer_blocks)
     recomputed = len(block_numbers(options.checkpointed_blocks, blocks)) if options.gradient_checkpointing else 0
     tokens = CLIP_TOKENS + options.max_sequence_length
-    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, recomputed / blocks)
+    pictures = 2 if options.with_prior_preservation else 1
+    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, recomputed / blocks, pictures)

@@ -6,6 +6,7 @@ The losses stay on the device and are read together every few steps, so that no 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 import time
@@ -17,6 +18,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from sd3.native.utilization import Work, peak_of
+
+logger = logging.getLogger(__name__)
 
 
 class LineByLine:
@@ -39,16 +42,21 @@ class Reading:
     step: int
     position: int  # of its first sample in the stream
     loss: float  # mean over its batches and all ranks
+    gradient_norm: float  # before clipping; 0 where fp16 overflowed, for then the step was skipped
 
 
 class Metrics:
     """Collects losses; `read` brings them to the host, the progress line and the trackers."""
 
     def __init__(
-        self, accelerator: Accelerator, pictures_a_step: int, work: Work, device_name: str, first: int, last: int
+        self, accelerator: Accelerator, samples_a_step: int, work: Work, device_name: str, first: int, last: int
     ) -> None:
-        """`first`: steps already made, `last`: steps in all."""
-        self.accelerator, self.pictures_a_step, self.work = accelerator, pictures_a_step, work
+        """`work` of a sample; `first`: steps already made, `last`: steps in all.
+
+        A sample counts as one image, with prior preservation too, where it is two pictures: as the pinned scripts
+        count.
+        """
+        self.accelerator, self.samples_a_step, self.work = accelerator, samples_a_step, work
         peak = peak_of(device_name)
         self.peak = peak and peak * accelerator.num_processes
         on_terminal = sys.stderr.isatty()
@@ -56,23 +64,28 @@ class Metrics:
             total=last, initial=first, desc="Steps", disable=not accelerator.is_local_main_process,
             **({} if on_terminal else {"file": LineByLine(), "mininterval": math.inf}),
         )  # fmt: skip
-        self.waiting: list[tuple[int, int, torch.Tensor, float]] = []  # step, position, loss, learning rate
+        # Step, position, loss and gradient norm [2], learning rate.
+        self.waiting: list[tuple[int, int, torch.Tensor, float]] = []
+        self.skipped = 0  # steps in which fp16 overflowed
         self.since = time.time()
 
-    def add(self, step: int, position: int, loss: torch.Tensor, rate: float) -> None:
-        """Note a step's loss, a scalar on the device."""
-        self.waiting.append((step, position, loss, rate))
+    def add(self, step: int, position: int, loss: torch.Tensor, gradient_norm: torch.Tensor, rate: float) -> None:
+        """Note a step's loss and its gradient's norm, scalars on the device."""
+        self.waiting.append((step, position, torch.stack([loss, gradient_norm]), rate))
 
     def read(self) -> list[Reading]:
         """Read what is waiting; every rank calls this at the same step."""
         if not self.waiting:
             return []
-        losses = self.accelerator.reduce(torch.stack([loss for _, _, loss, _ in self.waiting]), "mean").tolist()
+        found = torch.stack([values for _, _, values, _ in self.waiting])
+        losses, norms = self.accelerator.reduce(found, "mean").T.tolist()
         now = time.time()
+        norms = self._without_overflows(norms)
         seconds = (now - self.since) / len(losses)
-        speed = self.pictures_a_step / seconds
-        for number, ((step, _, _, rate), loss) in enumerate(zip(self.waiting, losses, strict=True), start=1):
-            values = {"loss": loss, "lr": rate, "images": self.pictures_a_step, "images_per_second": speed}
+        speed = self.samples_a_step / seconds
+        for number, ((step, _, _, rate), loss, norm) in enumerate(zip(self.waiting, losses, norms, strict=True), 1):
+            values = {"loss": loss, "lr": rate, "images": self.samples_a_step, "images_per_second": speed}
+            values |= {"gradient_norm": norm}
             if self.peak:
                 values["utilization"] = speed * self.work.model / self.peak
             self._track(values, step, self.since + number * seconds)
@@ -82,10 +95,24 @@ class Metrics:
         self.bar.update(len(losses))
         self.bar.refresh()
         readings = [
-            Reading(step, position, loss) for (step, position, _, _), loss in zip(self.waiting, losses, strict=True)
+            Reading(step, position, loss, norm)
+            for (step, position, _, _), loss, norm in zip(self.waiting, losses, norms, strict=True)
         ]
         self.waiting, self.since = [], now
         return readings
+
+    def _without_overflows(self, norms: list[float]) -> list[float]:
+        """In fp16 a gradient that overflows is normal now and then: the step is skipped, and the loss scaled less."""
+        if self.accelerator.mixed_precision != "fp16":
+            return norms
+        skipped = sum(not math.isfinite(norm) for norm in norms)
+        if skipped:
+            self.skipped += skipped
+            logger.warning(
+                "fp16 overflowed: %d of the last %d steps were skipped, %d of this start of the run.", skipped,
+                len(norms), self.skipped,
+            )  # fmt: skip
+        return [norm if math.isfinite(norm) else 0.0 for norm in norms]
 
     def _track(self, values: dict[str, float], step: int, wall_time: float) -> None:
         """Tell the trackers; TensorBoard with the time at which the step ended, not that at which it was read."""

@@ -92,7 +92,8 @@ def _adamw(choice: str, groups: Groups, settings: dict[str, Any], device_type: s
     try:
         if device_type == "npu":
             return _npu_fused(groups, settings)
-        return AdamW(groups, **settings, fused=True)
+        # Copies, for it notes in the groups that it is fused before it refuses to be.
+        return AdamW([dict(group) for group in groups], **settings, fused=True)
     except (ImportError, RuntimeError) as error:  # before torch 2.4 there was none for a CPU
         if choice == "fused":
             reason = str(error).splitlines()[0].rstrip(".")

@@ -6,6 +6,7 @@ Names, types, choices and defaults are those of the pinned scripts; the last sec
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -20,6 +21,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 LORA_ONLY = {"rank", "lora_layers", "lora_blocks", "cache_latents", "upcast_before_saving"}
 SECRETS = {"hub_token"}
+SIDE_STEP = 16  # pixels a side to one token of the transformer: 8 to a latent, and 2 latents
+PROFILE_WARM_UP = 2  # steps that are not profiled: caches, compilation, allocation
+# What accelerate can report to, and the packages of which one does it; "all" takes those that are installed.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",), "all": (),
+    "aim": ("aim",), "clearml": ("clearml",), "dvclive": ("dvclive",), "mlflow": ("mlflow",),
+}  # fmt: skip
 BLOCKS = re.compile(r"all|none|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -130,7 +138,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
         text("caption_column", None, "column with a prompt for each picture; else --instance_prompt serves for all"),
         needed("instance_prompt", "prompt that shall stand for the subject"),
         whole("repeats", 1, "how often an epoch shows each picture"),
-        whole("resolution", 512, "side in pixels to which pictures are scaled and cropped"),
+        whole("resolution", 512, "side in pixels to which pictures are scaled and cropped, a multiple of 16"),
         switch("center_crop", "crop the middle; else a place drawn once for each picture"),
         switch("random_flip", "mirror pictures at random"),
         whole("dataloader_num_workers", 0, "processes that load data; 0: the training process does", NOT_NEGATIVE),
@@ -255,7 +263,7 @@ def parse(kind: str, arguments: Sequence[str] | None = None) -> argparse.Namespa
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise UserError where flags contradict each other or a text has no meaning."""
+    """Raise UserError where flags contradict each other, have no meaning, or need a package that is not there."""
     if (options.dataset_name is None) == (options.instance_data_dir is None):
         which = "neither was given" if options.dataset_name is None else "both were given"
         raise UserError(f"--dataset_name and --instance_data_dir: {which}; give one of them.")
@@ -263,11 +271,25 @@ def _check(options: argparse.Namespace) -> None:
         for name in ("class_data_dir", "class_prompt"):
             if getattr(options, name) is None:
                 raise UserError(f"--with_prior_preservation needs --{name}; give it.")
+    if over := options.resolution % SIDE_STEP:
+        below = options.resolution - over
+        raise UserError(
+            f"--resolution={options.resolution} is no multiple of {SIDE_STEP}, as the model needs; give "
+            f"{f'{below} or ' if below else ''}{below + SIDE_STEP}."
+        )
+    if options.report_to not in TRACKERS:
+        raise UserError(f"--report_to={options.report_to} is not known; use one of {', '.join(TRACKERS)}.")
     if options.report_to == "wandb" and options.hub_token is not None:
         raise UserError(
             "--report_to=wandb shows the command line, and --hub_token with it, to others; "
             "log in with huggingface-cli and leave the token out."
         )
+    packages = TRACKERS[options.report_to]
+    if packages and not any(importlib.util.find_spec(package) for package in packages):
+        raise UserError(
+            f"--report_to={options.report_to} needs {packages[0]}, which is not installed; "
+            f"pip install {packages[0]}.", 3,
+        )  # fmt: skip
     if options.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"--lr_scheduler={options.lr_scheduler} is not known; use one of {', '.join(LR_SCHEDULERS)}.")
     if not BLOCKS.fullmatch(options.checkpointed_blocks):
@@ -278,13 +300,19 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _notes(options: argparse.Namespace) -> list[str]:
-    """What was given but does nothing."""
+    """What was given but does nothing, or less than it says."""
     notes = []
     if not options.with_prior_preservation:
         idle = [name for name in ("class_data_dir", "class_prompt") if getattr(options, name) is not None]
         notes += [f"--{name} does nothing without --with_prior_preservation." for name in idle]
     if options.checkpointed_blocks != "all" and not options.gradient_checkpointing:
         notes.append("--checkpointed_blocks does nothing without --gradient_checkpointing.")
+    if options.profile and options.max_train_steps and options.max_train_steps < PROFILE_WARM_UP + options.profile:
+        count = max(options.max_train_steps - PROFILE_WARM_UP, 0)
+        notes.append(
+            f"--profile={options.profile} will profile {count} steps: the first {PROFILE_WARM_UP} of "
+            f"--max_train_steps={options.max_train_steps} are warm-up."
+        )
     return notes
 
 

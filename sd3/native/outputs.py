@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from sd3.common.command_line import UserError
 from sd3.common.files import sync
+from sd3.common.model_files import PARTS
 from sd3.native.model import Trained
 
 INDEX = "model_index.json"
@@ -36,7 +37,9 @@ def write_result(trained: Trained, model: Path, output: Path, dtype: torch.dtype
         trained.write_weights(aside, None if exact else dtype)
         for path in aside.rglob("*"):
             sync(path)
-        # The index comes last: with it the directory is a pipeline.
+        # The index goes first and comes last: with it the directory is a pipeline, and parts of two are none.
+        (output / INDEX).unlink(missing_ok=True)
+        sync(output)
         for path in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
             target = output / path.name
             if target.is_dir():
@@ -58,8 +61,9 @@ def _copy_untrained(trained: Trained, model: Path, target: Path) -> None:
         pipeline = StableDiffusion3Pipeline.from_pretrained(model, variant=trained.options.variant, **given)
         pipeline.save_pretrained(target)
     else:
-        for part in json.loads((model / INDEX).read_text(encoding="utf-8")):
-            if (model / part).is_dir() and part not in trained.parts:
+        listed = json.loads((model / INDEX).read_text(encoding="utf-8"))
+        for part in PARTS:
+            if part in listed and (model / part).is_dir() and part not in trained.parts:
                 shutil.copytree(model / part, target / part)
     # A pipeline's own index says of what was not loaded that it is not there.
     shutil.copyfile(model / INDEX, target / INDEX)

@@ -29,9 +29,8 @@ class View:
     crop: tuple[float, float] | None  # of top and left edge; None: the middle
     flip: bool = False
 
-    def key(self, resolution: int) -> str:
-        """Identity of the square's pixels: the file's SHA-256 and what is done to it."""
-        digest = hashlib.sha256(self.content()).hexdigest()
+    def key(self, resolution: int, digest: str) -> str:
+        """Identity of the square's pixels: the content's digest and what is done to it."""
         return f"{digest} {resolution} {self.crop} {self.flip}"
 
     def pixels(self, resolution: int) -> torch.Tensor:
@@ -57,6 +56,11 @@ class View:
         if self.flip:
             image = transforms.hflip(image)
         return transforms.normalize(transforms.to_tensor(image), [0.5], [0.5])
+
+
+def digest(content: Callable[[], bytes]) -> str:
+    """The SHA-256 of a file, in hexadecimal; all views of it have the same `content`, so reading it once will do."""
+    return hashlib.sha256(content()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from sd3.common.model_files import content_hash
-from sd3.native.cache import Cache, Tensors, compute_missing
-from sd3.native.pictures import View
+from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
+from sd3.native.cache import Cache, Shapes, Tensors, compute_missing
+from sd3.native.pictures import View, digest
 from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class Precompute:
 
         They are as the VAE gives them, not yet shifted and scaled.
         """
-        names = [view.key(self.options.resolution) for view in views]
+        digests = {content: digest(content) for content in dict.fromkeys(view.content for view in views)}
+        names = [view.key(self.options.resolution, digests[view.content]) for view in views]
         distinct = dict(zip(names, views, strict=True))  # a picture that is repeated is encoded once
         vae_hash = content_hash([self.model / "vae"])
 
@@ -67,21 +69,26 @@ class Precompute:
             mean, logvar = encode(vae, self._pixels([to_encode[place] for place in places]))
             return [{"mean": mean[i], "logvar": logvar[i]} for i in range(len(places))]
 
-        self._fill("Encoding pictures", list(keys.values()), compute, PICTURES_A_BATCH)
+        self._fill("Encoding pictures", list(keys.values()), self._latent_shapes(), compute, PICTURES_A_BATCH)
         return [keys[name] for name in names]
 
     def _vae_dtype(self, keys_at: Callable[[torch.dtype], dict[str, str]], views: Sequence[View]) -> torch.dtype:
-        """What was asked for; where that is `auto`, float16 if it has been or is found to be good enough."""
+        """What was asked for; where that is `auto`, float16 if it has been or is found to be good enough.
+
+        The main rank finds out for all.
+        """
         asked = self.options.vae_precision
         if asked != "auto":
             return VAE_DTYPES[asked]
         if self.accelerator.device.type == "cpu":  # where half precision gains nothing
             return torch.float32
-        chosen = next(
-            (dtype for dtype in (torch.float16, torch.float32) if self._holds(list(keys_at(dtype).values()))), None
-        )
-        if chosen is None:
-            chosen = half_if_negligible(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
+        chosen: torch.dtype | None = None
+        if self.accelerator.is_main_process:
+            chosen = next(
+                (dtype for dtype in (torch.float16, torch.float32) if self._holds(list(keys_at(dtype).values()))), None
+            )
+            if chosen is None:
+                chosen = half_if_negligible(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
         return broadcast_object_list([chosen])[0]
 
     def _pixels(self, views: Sequence[View]) -> torch.Tensor:
@@ -114,20 +121,26 @@ class Precompute:
             prompt, pooled = encoders([ids.to(self.accelerator.device) for ids in tokens])
             return [{"prompt": prompt[i].to(dtype), "pooled": pooled[i].to(dtype)} for i in range(len(places))]
 
-        self._fill("Encoding captions", keys, compute, CAPTIONS_A_BATCH)
+        shapes: Shapes = {"prompt": (CLIP_TOKENS + t5_tokens, None), "pooled": (None,)}
+        self._fill("Encoding captions", keys, shapes, compute, CAPTIONS_A_BATCH)
         return keys
 
     def _holds(self, keys: Sequence[str]) -> bool:
-        return all(self.cache.holds(key) for key in keys)
+        return all(self.cache.holds(key, self._latent_shapes()) for key in keys)
+
+    def _latent_shapes(self) -> Shapes:
+        side = self.options.resolution // VAE_STRIDE
+        return dict.fromkeys(("mean", "logvar"), (None, side, side))
 
     def _fill(
-        self, what: str, keys: Sequence[str], compute: Callable[[list[int]], list[Tensors]], chunk_size: int
-    ) -> None:
+        self, what: str, keys: Sequence[str], shapes: Shapes, compute: Callable[[list[int]], list[Tensors]],
+        chunk_size: int,
+    ) -> None:  # fmt: skip
         """Compute this rank's share of what is missing, and wait for the other ranks'."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         with tqdm(total=len(keys), desc=what, disable=not self.accelerator.is_local_main_process, leave=False) as bar:
             written = compute_missing(
-                self.cache, keys, compute, chunk_size, lambda chunk: chunk % ranks == rank, bar.update
+                self.cache, keys, shapes, compute, chunk_size, lambda chunk: chunk % ranks == rank, bar.update
             )
         logger.info("%s: %d of %d computed by this rank, the others were there.", what, written, len(keys))
         self.accelerator.wait_for_everyone()

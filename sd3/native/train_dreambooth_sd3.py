@@ -10,13 +10,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from sd3.common.start import start  # noqa: E402
 
 
-def main() -> int:
-    """Train; returns the exit status."""
+def main() -> None:
+    """Train, and end the process."""
+    from sd3.native.loop import leave
     from sd3.native.loop import main as train
 
-    return train("full")
+    leave(train("full"))
 
 
 if __name__ == "__main__":
     start()
-    sys.exit(main())
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -10,28 +11,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd3.common.model_sizes import VAE_STRIDE
 
-# Dense matrix operations a second in fp16 and bf16, as the makers state them, by what the device calls itself.
+# Dense matrix operations a second in fp16 and bf16, as the makers state them, by words of what the device calls itself;
+# the first that fits counts. None for a slice of a device.
 PEAKS = {
+    "MIG": None,
     "Ascend910B1": 414e12, "Ascend910B2": 376e12, "Ascend910B3": 313e12, "Ascend910B4": 280e12,
-    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
 }  # fmt: skip
 
 
 def peak_of(device_name: str) -> float | None:
     """Peak operations a second of a device in half precision, None if it is not in the table."""
-    return next((peak for name, peak in PEAKS.items() if name.lower() in device_name.lower()), None)
+    return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", device_name, re.IGNORECASE)), None)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Operations that training needs for one picture; a multiply-add counts as two."""
+    """Operations that training needs for one sample; a multiply-add counts as two."""
 
     model: float  # forward and backward
     hardware: float  # with what gradient checkpointing computes again
 
 
-def work_of(config: dict[str, object], resolution: int, text_tokens: int, lora: bool, recomputed: float) -> Work:
-    """Counted on the meta device for one picture of `resolution` pixels a side.
+def work_of(
+    config: dict[str, object], resolution: int, text_tokens: int, lora: bool, recomputed: float, pictures: int = 1
+) -> Work:
+    """Counted on the meta device for a sample of `pictures` pictures of `resolution` pixels a side.
 
     `config`: of the transformer; `recomputed`: share of its blocks under gradient checkpointing. The backward pass
     costs twice the forward pass; with LoRA, which leaves out the gradients of the weights, once. The low-rank matrices
@@ -41,10 +46,10 @@ def work_of(config: dict[str, object], resolution: int, text_tokens: int, lora: 
         transformer = SD3Transformer2DModel.from_config(config)
         side = resolution // VAE_STRIDE
         transformer(
-            torch.empty(1, transformer.config.in_channels, side, side),
-            encoder_hidden_states=torch.empty(1, text_tokens, transformer.config.joint_attention_dim),
-            pooled_projections=torch.empty(1, transformer.config.pooled_projection_dim),
-            timestep=torch.empty(1),
+            torch.empty(pictures, transformer.config.in_channels, side, side),
+            encoder_hidden_states=torch.empty(pictures, text_tokens, transformer.config.joint_attention_dim),
+            pooled_projections=torch.empty(pictures, transformer.config.pooled_projection_dim),
+            timestep=torch.empty(pictures),
         )
     forward = float(counter.get_total_flops())
     model = forward * (2 if lora else 3)

@@ -1,0 +1,80 @@
+"""Measuring in pairs: the order of the runs, what their processes are told, ratios, and peak memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd3.common.command_line import UserError
+from sd3.common.memory import PeakMemory
+from sd3.common.paired import Variant, back_and_forth, measure, ratios, shown
+
+CHILD = """
+import json, os, sys
+case = json.load(sys.stdin)
+if case["fails"]:
+    sys.exit("first line\\nit broke")
+print("a library says something")
+print(json.dumps({"kind": sys.argv[1], "steps": case["steps"],
+                  "peak_bytes": 7 if "MALLOC_MMAP_THRESHOLD_" in os.environ else 1000 + case["steps"]}))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    steps: int
+    fails: bool = False
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    file = tmp_path / "child.py"
+    file.write_text(CHILD)
+    return file
+
+
+def test_the_order_turns_with_each_pair() -> None:
+    assert list(back_and_forth(["a", "b"], 3)) == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_ratios_are_of_pairs() -> None:
+    over, under = [{"s": 10.0}, {"s": 30.0}, {"s": 8.0}], [{"s": 5.0}, {"s": 10.0}, {"s": 8.0}]
+    found = ratios(over, under, "s")
+    assert found == {"min": 1.0, "median": 2.0, "max": 3.0}
+    assert shown(found, 2) == "1.00, 2.00, 3.00"
+
+
+def test_each_run_is_a_process_with_its_case(script: Path) -> None:
+    runs = measure(script, {"one": Variant("a", Case(3)), "other": Variant("b", Case(5))}, pairs=2)
+    assert runs == {
+        "one": [{"kind": "--one=a", "steps": 3, "peak_bytes": 1003}] * 2,
+        "other": [{"kind": "--one=b", "steps": 5, "peak_bytes": 1005}] * 2,
+    }
+
+
+def test_memory_can_have_a_run_of_its_own(script: Path) -> None:
+    (run,) = measure(script, {"one": Variant("a", Case(3), short=Case(1))}, pairs=1)["one"]
+    assert (run["steps"], run["peak_bytes"]) == (3, 7)
+
+
+def test_a_run_that_fails_is_named_with_its_last_words(script: Path) -> None:
+    with pytest.raises(UserError, match="the run 'one' failed: it broke") as raised:
+        measure(script, {"one": Variant("a", Case(1, fails=True))}, pairs=1)
+    assert raised.value.status == 1
+
+
+def test_peak_memory_is_what_was_held_at_most() -> None:
+    import time
+
+    def hold(megabytes: int) -> None:
+        held = torch.ones(megabytes, 250_000)
+        time.sleep(0.1)  # memory is looked at every 2 ms
+        del held
+
+    with PeakMemory(torch.device("cpu")) as memory:
+        hold(200)
+        hold(20)
+    assert 190e6 < memory.peak < 300e6

@@ -1,0 +1,174 @@
+"""The small world: captions fit, pictures are what their captions say, held-out pairs stay unseen."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from sd3.common.synthetic_data import make_subject
+from sd3.common.tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
+from sd3.tiny_world import grammar
+from sd3.tiny_world.classifier import read, right
+from sd3.tiny_world.grammar import COLOURS, HELD_OUT_COLOURS, HELD_OUT_POSITIONS, SHAPES, Scene, draw_scene
+from sd3.tiny_world.render import SIZE, render, to_image
+from sd3.tiny_world.subject import draw_figure, draw_pose, subject_picture, subject_score
+
+
+def scenes(number: int, seed: int = 0) -> list[tuple[Scene, Image.Image]]:
+    rng = random.Random(seed)
+    drawn = [draw_scene(rng) for _ in range(number)]
+    return [(scene, to_image(render(scene, rng))) for scene in drawn]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list:
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    write_clip_tokenizer(folder / "clip", grammar.words())
+    write_t5_tokenizer(folder / "t5", grammar.words())
+    return [
+        CLIPTokenizer.from_pretrained(folder / "clip", clean_up_tokenization_spaces=True),
+        T5TokenizerFast.from_pretrained(folder / "t5", clean_up_tokenization_spaces=True),
+    ]
+
+
+def test_no_caption_is_longer_than_the_tokenizers_take(tokenizers) -> None:
+    """All 378 000 captions: no word of theirs is more than one token, so a caption is as long as its words."""
+    captions = list(grammar.all_captions())
+    assert len(captions) > 300_000
+    assert len(set(captions)) == len(captions)
+    pieces = [caption.replace(",", " ,").split() for caption in captions]
+    assert {word for words in pieces for word in words} == set(grammar.words())
+    longest = max(map(len, pieces))
+    for tokenizer in tokenizers:
+        in_place = {word: word if word.isalnum() else f"a{word}" for word in grammar.words()}
+        assert not [word for word, text in in_place.items() if len(tokenizer.tokenize(text)) != 1 + (text != word)]
+        around = len(tokenizer("").input_ids)
+        assert longest + around <= 77
+        for caption, words in list(zip(captions, pieces, strict=True))[::3779]:
+            assert len(tokenizer(caption).input_ids) == len(words) + around, caption
+            assert tokenizer.unk_token_id not in tokenizer(caption).input_ids[:-1]
+
+
+def test_training_draws_no_caption_that_the_grammar_lacks() -> None:
+    captions, rng = set(grammar.all_captions()), random.Random(0)
+    drawn = [grammar.caption_of(grammar.forget(draw_scene(rng), rng), rng) for _ in range(2000)]
+    assert set(drawn) <= captions
+    assert len(set(drawn)) > 1500
+
+
+def test_rare_words_are_spelled_and_change_nothing_else(tokenizers) -> None:
+    caption = grammar.with_rare_word("a red star, on white", "sks")
+    assert caption == "a red sks star, on white"
+    for tokenizer in tokenizers:
+        plain, rare = tokenizer.tokenize("a red star, on white"), tokenizer.tokenize(caption)
+        assert [token for token in rare if token in plain] == plain
+        assert 2 <= len(rare) - len(plain) <= 5
+
+
+def test_training_never_shows_what_is_held_out() -> None:
+    rng = random.Random(0)
+    drawn = [draw_scene(rng) for _ in range(5000)]
+    colours, positions = {(s.colour, s.shape) for s in drawn}, {(s.shape, s.position) for s in drawn}
+    assert not colours & HELD_OUT_COLOURS
+    assert not positions & HELD_OUT_POSITIONS
+    # Everything else is shown, and every held-out word with other partners.
+    assert len(colours) == len(COLOURS) * len(SHAPES) - len(HELD_OUT_COLOURS)
+    assert len([pair for pair in positions if pair[1]]) == len(SHAPES) * 5 - len(HELD_OUT_POSITIONS)
+
+
+def test_held_out_captions_each_have_such_a_pair() -> None:
+    found = grammar.held_out_captions(100)
+    assert found == grammar.held_out_captions(100) != grammar.held_out_captions(100, seed=1)
+    everything = set(grammar.all_captions())
+    for caption, told in found:
+        assert caption in everything
+        assert told.is_held_out(), caption
+        assert all(value in caption for value in (told.shape[:5], told.colour) if value)
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.9])
+def test_the_classifier_reads_rendered_pictures(blur: float) -> None:
+    """At least 99 % of each attribute, sharp and as blurred as painted ones."""
+    hits, cases = Counter(), Counter()
+    for scene, picture in scenes(400, seed=1):
+        picture = picture.filter(ImageFilter.GaussianBlur(blur)) if blur else picture
+        for name, hit in right(picture, scene).items():
+            hits[name] += hit
+            cases[name] += 1
+    assert set(cases) == set(grammar.ATTRIBUTES)
+    assert all(hits[name] >= 0.99 * cases[name] for name in cases), (hits, cases)
+
+
+def test_the_classifier_sees_what_is_wrong() -> None:
+    """A picture is right by the caption of another only as far as they agree."""
+    for (scene, picture), (other, _) in zip(scenes(60), scenes(60, seed=2), strict=True):
+        for name, hit in right(picture, other).items():
+            assert hit == (getattr(scene, name) == getattr(other, name)), (scene, other, name)
+
+
+def test_the_classifier_names_nothing_in_noise_or_emptiness() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    for image in (Image.new("RGB", (SIZE, SIZE), "white"), Image.fromarray(noise)):
+        assert read(image)["shape"] is None
+
+
+def test_pictures_follow_from_the_seed() -> None:
+    assert [p.tobytes() for _, p in scenes(8)] == [p.tobytes() for _, p in scenes(8)]
+    assert [p.tobytes() for _, p in scenes(8)] != [p.tobytes() for _, p in scenes(8, seed=3)]
+
+
+def subjects(number: int) -> list[Image.Image]:
+    rng, grounds = random.Random(0), list(grammar.BACKGROUNDS)
+    return [to_image(subject_picture(SIZE, rng, grounds[i % len(grounds)])) for i in range(number)]
+
+
+def test_the_detector_knows_the_subject() -> None:
+    for picture in subjects(12):
+        assert subject_score(picture) > 0.85
+        assert subject_score(picture.filter(ImageFilter.GaussianBlur(0.9))) > 0.6
+
+
+def test_the_detector_takes_no_plain_shape_for_the_subject() -> None:
+    rng = random.Random(0)
+    stars = [
+        replace(draw_scene(rng, Scene("star", size="large")), colour=colour, background=ground)
+        for colour in COLOURS
+        for ground in ("white", "black")
+    ]
+    others = [draw_scene(rng, Scene(shape, size="large")) for shape in SHAPES for _ in range(3)]
+    for scene in stars + others:
+        picture = to_image(render(scene, rng))
+        assert subject_score(picture) < 0.35, scene
+        assert subject_score(picture.filter(ImageFilter.GaussianBlur(0.9))) < 0.35, scene
+
+
+def test_the_detector_wants_stripes_and_a_face() -> None:
+    """The subject in grey, and the subject with its colours the other way round, are not the subject."""
+    rng = random.Random(1)
+    background = np.full((SIZE, SIZE, 3), 244, np.float32)
+    whole = draw_figure(background, draw_pose(rng))
+    assert subject_score(to_image(whole)) > 0.85
+    star = np.abs(whole - background).sum(-1) > 60
+    negative = np.where(star[..., None], 255 - whole, whole)
+    assert subject_score(to_image(negative)) < 0.2
+    assert subject_score(Image.new("RGB", (SIZE, SIZE), "white")) == 0.0
+
+
+def test_subject_pictures_are_five_and_unlike(tmp_path: Path) -> None:
+    make_subject(tmp_path / "subject")
+    pictures = [Image.open(io.BytesIO(file.read_bytes())) for file in sorted((tmp_path / "subject").iterdir())]
+    assert [picture.size for picture in pictures] == [(SIZE, SIZE)] * 5
+    grounds = {read(picture)["background"] for picture in pictures}
+    assert len(grounds) == 4
+    assert all(subject_score(picture) > 0.85 for picture in pictures)
+    make_subject(tmp_path / "large", size=128)
+    assert all(subject_score(Image.open(file)) > 0.8 for file in (tmp_path / "large").iterdir())
