@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from sd3.native.data import Items, Loader, Samples, Texts
 from sd3.native.options import parse
+from sd3.native.pictures import View
 from sd3.native.precompute import Precompute
 from sd3.native.stream import Stream
 
@@ -31,6 +33,20 @@ class Ranks:
 
     def wait_for_everyone(self) -> None:
         self.arrivals += 1
+
+
+def noise_pictures(folder: Path) -> list[Path]:
+    """Ten pictures of noise, wider than high, in a folder that is there."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(10):
+        values = torch.randint(0, 256, (6, 9, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(values.numpy()).resize((48, 32)).save(folder / f"{number}.png")
+    return sorted(folder.glob("*.png"))
+
+
+def view(file: Path, crop: tuple[float, float] | None = None, flip: bool = False) -> View:
+    """A square of a picture file; its middle, if nothing else is said."""
+    return View(file.name, file.read_bytes, crop, flip)
 
 
 def loader(given: argparse.Namespace, model: Path, ranks: Ranks | None = None) -> Loader:

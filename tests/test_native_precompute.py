@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import time
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from native_parts import Ranks, options
+from native_parts import Ranks, noise_pictures, options, view
 from sd3.common.command_line import UserError
 from sd3.native import cache as cache_module
 from sd3.native import precompute as precompute_module
-from sd3.native.cache import LEFTOVER_AGE, Cache
+from sd3.native.cache import LEFTOVER_AGE, Cache, compute_missing
 from sd3.native.pictures import View
-from sd3.native.precompute import NEGLIGIBLE, Precompute, encode, half_if_negligible
+from sd3.native.precompute import Precompute
 from sd3.native.text import ENCODERS, TextEncoders
 
 CAPTIONS = [f"a dog with {number} legs" for number in range(10)]
@@ -37,19 +34,9 @@ def given(folder: Path, *flags: str) -> argparse.Namespace:
     return options(f"--precompute_dir={folder}", "--resolution=32", *flags)
 
 
-def view(file: Path, crop: tuple[float, float] | None = None, flip: bool = False) -> View:
-    return View(file.name, file.read_bytes, crop, flip)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Ten pictures of noise, wider than high."""
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = torch.Generator().manual_seed(0)
-    for number in range(10):
-        values = torch.randint(0, 256, (6, 9, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(values.numpy()).resize((48, 32)).save(folder / f"{number}.png")
-    return sorted(folder.iterdir())
+    return noise_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def fill(folder: Path, model: Path, files: Sequence[Path], ranks: Ranks | None = None) -> list[str]:
@@ -116,8 +103,7 @@ def test_entries_are_the_vaes_distribution(
     assert not torch.allclose(found[0]["mean"], found[1]["mean"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [77, 20])
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 77), (torch.bfloat16, 20)])
 def test_entries_are_the_pipelines_embeds(dtype: torch.dtype, length: int, tiny_model: Path, tmp_path: Path) -> None:
     texts = ["a dog", "", "on two lines\nand with more letters than the twenty that T5 may be given"]
     precompute = Precompute(given(tmp_path), tiny_model, Ranks())
@@ -309,6 +295,22 @@ def test_an_interrupted_fill_ends_with_the_same_bytes(
     assert entries(tmp_path) == entries(whole[0])
 
 
+def test_a_chunk_with_something_missing_is_computed_whole(tmp_path: Path) -> None:
+    """What else is in a batch can show in the last bits, so that a part of it would not be what the whole had been."""
+    cache, calls = Cache(tmp_path), []
+    for number in (0, 2, 3, 4, 5):
+        cache.write(f"key{number}", {"number": torch.tensor(-1)})
+
+    def compute(places: list[int]) -> list[dict[str, torch.Tensor]]:
+        calls.append(places)
+        return [{"number": torch.tensor(place)} for place in places]
+
+    keys = [f"key{number}" for number in range(7)]
+    assert compute_missing(cache, keys, {"number": ()}, compute, 3, lambda _: True, lambda _: None) == 2
+    assert calls == [[0, 1, 2], [6]]
+    assert [cache.read(key)["number"].item() for key in keys] == [-1, 1, -1, -1, -1, -1, 6]
+
+
 def forked(work: Callable[[], Any]) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -393,103 +395,6 @@ def test_a_directory_that_cannot_be_written_is_named(files: list[Path], tiny_mod
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"--precompute_dir={tmp_path / 'file'} cannot be written"):
         fill(tmp_path / "file", tiny_model, files)
-
-
-# ---- half precision
-
-
-@pytest.fixture
-def vae(tiny_model: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(tiny_model / "vae").requires_grad_(False)
-
-
-@pytest.fixture
-def pixels(files: list[Path]) -> torch.Tensor:
-    return torch.stack([view(file).pixels(32) for file in files[:4]])
-
-
-def overflowing(vae: AutoencoderKL) -> AutoencoderKL:
-    """Its activations are beyond float16 between two layers, as those of some published VAEs are."""
-    vae.encoder.conv_in.weight *= 3e5
-    vae.encoder.conv_in.bias *= 3e5
-    return vae
-
-
-def test_half_precision_is_taken_where_it_does_not_show(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    assert half_if_negligible(vae, pixels) == torch.float16
-    assert vae.dtype == torch.float32
-    exact = encode(vae, pixels)[0]
-    error = (encode(vae.half(), pixels)[0] - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert 0 < error <= NEGLIGIBLE
-
-
-def test_half_precision_is_not_taken_where_it_overflows(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    assert half_if_negligible(overflowing(vae), pixels) == torch.float32
-    assert encode(vae, pixels)[0].isfinite().all()
-
-
-def test_half_precision_is_not_taken_where_it_rounds_too_much(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    vae.encoder.conv_in.bias += 300  # what is different between pictures is little beside what is the same
-    exact, half = encode(vae, pixels)[0], encode(copy.deepcopy(vae).half(), pixels)[0]
-    assert half.isfinite().all() and not torch.allclose(half, exact, rtol=1e-2)
-    assert half_if_negligible(vae, pixels) == torch.float32
-
-
-class OnAccelerator(Precompute):
-    """As on a device where half precision is faster; it computes on the CPU all the same."""
-
-    spoil: Callable[[AutoencoderKL], AutoencoderKL] = staticmethod(lambda vae: vae)
-    loaded: list[torch.dtype]
-
-    def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        self.loaded.append(dtype)
-        vae = AutoencoderKL.from_pretrained(self.model / "vae", torch_dtype=torch.float32).requires_grad_(False)
-        return self.spoil(vae).to(dtype)
-
-
-@pytest.fixture
-def on_accelerator(tiny_model: Path, tmp_path: Path) -> Iterator[OnAccelerator]:
-    ranks = Ranks()
-    ranks.device = types.SimpleNamespace(type="cuda")
-    made = OnAccelerator(given(tmp_path), tiny_model, ranks)
-    made.loaded = []
-    yield made
-
-
-@pytest.mark.parametrize(("spoil", "dtype"), [(lambda vae: vae, torch.float16), (overflowing, torch.float32)])
-def test_auto_finds_its_own_choice_again(
-    spoil: Callable, dtype: torch.dtype, on_accelerator: OnAccelerator, files: list[Path]
-) -> None:
-    on_accelerator.spoil = spoil
-    views = [view(file) for file in files]
-    keys = on_accelerator.latents(views)
-    assert on_accelerator.loaded == [torch.float32, dtype]
-    assert all(on_accelerator.cache.read(key)["mean"].isfinite().all() for key in keys)
-    assert on_accelerator.latents(views) == keys
-    assert on_accelerator.loaded == [torch.float32, dtype]
-
-
-def test_the_main_rank_chooses_for_all(
-    on_accelerator: OnAccelerator, files: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[object] = []
-
-    def answered(values: list[object]) -> list[object]:
-        asked.extend(values)
-        return [torch.float16]
-
-    monkeypatch.setattr(precompute_module, "broadcast_object_list", answered)
-    monkeypatch.setattr(on_accelerator, "_holds", lambda keys: pytest.fail("every rank reads the whole cache"))
-    on_accelerator.accelerator.is_main_process, on_accelerator.accelerator.num_processes = False, 2
-    on_accelerator.latents([view(file) for file in files])
-    assert asked == [None] and on_accelerator.loaded == [torch.float16]  # for its share alone
-
-
-@pytest.mark.parametrize("asked", ["fp32", "fp16", "bf16"])
-def test_a_precision_that_was_asked_for_is_taken(asked: str, on_accelerator: OnAccelerator, files: list[Path]) -> None:
-    on_accelerator.options.vae_precision = asked
-    on_accelerator.latents([view(files[0])])
-    assert on_accelerator.loaded == [precompute_module.VAE_DTYPES[asked]]
 
 
 def test_encoders_are_one_module_in_the_order_of_the_pipeline(tiny_model: Path) -> None:

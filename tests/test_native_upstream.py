@@ -37,15 +37,15 @@ from sd3.native.step import Batch, Draws, FlowMatching, draw
 from sd3.native.stream import Stream
 
 pytestmark = [pytest.mark.upstream, pytest.mark.long]
-STEPS, BATCH, PICTURES, RATE = 50, 8, 8, 1e-3
+STEPS, BATCH, PICTURES, RATE = 50, 8, 8, 2e-3
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CAPTIONS = ("red", "something blue and dark, seen from afar")
 
 # With the same draws: largest relative difference of a step's loss. Rounding differs and grows from step to step.
 SAME = 1e-4
 # With other draws: the curves' logarithm in blocks of ten steps, engine against engine over the seeds, by Welch's t;
-# the largest of five. With eight seeds each, |t| > 5 has a probability below 2e-4, among five below 1e-3.
-SEEDS, BLOCK, LIMIT = 8, 10, 5.0
+# the largest of five. With six seeds each, |t| > 6 has a probability below 2e-4, among five below 1e-3.
+SEEDS, BLOCK, LIMIT = 6, 10, 6.0
 
 
 # ---- model and data on which faults matter
@@ -93,10 +93,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"--dataset_name={folder / 'set'}", "--caption_column=text", f"--cache_dir={folder / 'cache'}"]
 
 
-# Timesteps with little noise: later places in the table are quieter. Captions show on the taught model alone.
+# High noise, where the caption tells what the noisy latents do not, and little spread of it between draws.
 SETTINGS = (
-    f"--max_train_steps={STEPS}", f"--train_batch_size={BATCH}", f"--learning_rate={RATE}", "--logit_mean=1.5",
-    "--precondition_outputs=0", "--weighting_scheme=logit_normal", "--checkpointing_steps=1000", "--rank=16",
+    f"--max_train_steps={STEPS}", f"--train_batch_size={BATCH}", f"--learning_rate={RATE}", "--rank=16",
+    "--logit_mean=-2", "--logit_std=0.3", "--precondition_outputs=1", "--weighting_scheme=logit_normal",
+    "--checkpointing_steps=1000",
 )  # fmt: skip
 
 
@@ -270,34 +271,20 @@ def statistic(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((sides[0].mean(0) - sides[1].mean(0)) / spread.sqrt()).abs().max().item()
 
 
-@pytest.fixture(scope="module")
-def taught(model: Path, data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model after it has learned the captions; to one that knows neither, a wrong caption is as good as a right."""
-    output = tmp_path_factory.mktemp("taught") / "run"
-    steps = ["--max_train_steps=200", "--lr_warmup_steps=20"]
-    process = native_runs.forked("full", output, model, data, *settings("full", 100), *steps)
-    assert native_runs.finished(process, 600) == 0, native_runs.log_of(output).read_text()
-    return output
-
-
-@pytest.mark.parametrize("faults", [("another shift", "no shift factor", "learning rate"), ("swapped captions",)])
 def test_draws_of_their_own_give_the_same_curves(
-    model: Path, taught: Path, data: list[str], upstream_checkout: Path, tmp_path: Path, faults: tuple[str, ...]
+    model: Path, data: list[str], upstream_checkout: Path, tmp_path: Path
 ) -> None:
-    start = taught if "swapped captions" in faults else model
-
     def curves(name: str, **how: Any) -> torch.Tensor:
         before, flags = faulty(name)
         found = [
-            curve("full", tmp_path / f"{name} {bool(how)}" / str(seed), start, data, *settings("full", seed), *flags,
+            curve("full", tmp_path / f"{name} {bool(how)}" / str(seed), model, data, *settings("full", seed), *flags,
                   before=before, **how)
             for seed in range(SEEDS)
         ]  # fmt: skip
         return torch.tensor(found, dtype=torch.float64)
 
-    assert set(faults) <= set(FAULTS)
     upstream = curves("", entry=Upstream())
-    found = {name: statistic(curves(name), upstream) for name in ("", *faults)}
+    found = {name: statistic(curves(name), upstream) for name in ("", *FAULTS)}
     print("|t|", found)
     assert found.pop("") < LIMIT
     assert all(value > LIMIT for value in found.values()), found
