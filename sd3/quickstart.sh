@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# The main job at tiny scale, on any machine: set-up, two fine-tunes on the CPU, a resume, reports and pictures.
+# The main job at tiny scale, on any machine: teach a small SD3 a new subject, and look at what it learned.
 set -euo pipefail
 
 PROJECT_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 OUTPUT="$PROJECT_DIR/build/quickstart"
+MODEL="$PROJECT_DIR/sd3/tiny_world/model"
+JUDGE="$PROJECT_DIR/sd3/tiny_world/judge"
+STEPS=600
 
 usage() {
   cat <<'END'
 Usage: bash sd3/quickstart.sh [--output_dir=DIR]
 
-Sets the project up if that was not done, makes a tiny SD3 with random weights and two small data sets, and runs on the
-CPU, in minutes: a full fine-tune with DeepSpeed on two processes, with validations and checkpoints; its resume; a LoRA
-fine-tune; the reports. It shows that all parts work. Random weights paint noise, before and after.
+Sets the project up if that was not done. Then, on the CPU and in minutes: draws five captioned pictures of a subject,
+teaches it to the tiny SD3 that comes with the project, by a full fine-tune with DeepSpeed on two processes, stopped and
+resumed, and by a LoRA; paints with the model before and after; evaluates the pictures; and writes one page with it all.
 
   --output_dir=DIR   where everything goes (default build/quickstart; what an earlier quick start left there is replaced)
 END
@@ -40,32 +43,46 @@ find_python
 rm -rf "$OUTPUT"
 mkdir -p "$OUTPUT"
 touch "$OUTPUT/.quickstart"
-make_one() { PYTHONPATH="$PROJECT_DIR" PYTHONWARNINGS=ignore "$PYTHON" -m "sd3.common.$1" --output "$OUTPUT/$2" "${@:3}"; }
-echo "== Making a tiny SD3 and two data sets in $OUTPUT"
-make_one tiny_sd3 model
-make_one synthetic_data dog --kind=dog
-make_one synthetic_data creatures --kind=pokemon
 
-tiny=(--model_name="$OUTPUT/model" --device=cpu --resolution=64 --mixed_precision=bf16 --seed=0)
-full() {
-  bash "$PROJECT_DIR/sd3/finetune_sd3_dreambooth_deepspeed_bf16.sh" "${tiny[@]}" --dataset_name="$OUTPUT/creatures" \
-    --num_processors=2 --batch_size=1 --checkpointing_steps=6 --validation_prompt="a small red creature" \
-    --output_dir="$OUTPUT/full" "$@" -- --num_validation_images=2 --validation_epochs=2
+# Says what is done, notes the command for the page, and runs it from the project's directory.
+step() {
+  local what="$1"
+  shift
+  echo "== $what"
+  printf '%q ' "$@" | sed 's/ $/\n/' >>"$OUTPUT/commands.txt"
+  (cd "$PROJECT_DIR" && "$@")
 }
-echo "== Full fine-tune, DeepSpeed ZeRO-2, two processes, to step 12"
-full --max_train_steps=12
-echo "== The same run, resumed to step 20"
-full --max_train_steps=20 --resume
-echo "== LoRA fine-tune"
-bash "$PROJECT_DIR/sd3/finetune_sd3_dreambooth_lora_fp16.sh" "${tiny[@]}" --input_dir="$OUTPUT/dog" --batch_size=2 \
-  --max_train_steps=12 --checkpointing_steps=6 --output_dir="$OUTPUT/lora" -- --num_validation_images=2
+python_step() { step "$1" env PYTHONWARNINGS=ignore "$PYTHON" "${@:2}"; }
+
+settings=(--model_name="$MODEL" --dataset_name="$OUTPUT/subject/captioned" --device=cpu --resolution=64 --seed=0
+  --validation_prompt="")
+full() {
+  step "$1" bash sd3/finetune_sd3_dreambooth_deepspeed_bf16.sh "${settings[@]}" --num_processors=2 --batch_size=2 \
+    --learning_rate=2e-4 --lr_scheduler=cosine --checkpointing_steps="$((STEPS / 2))" --output_dir="$OUTPUT/full" "${@:2}"
+}
+paint() {
+  python_step "Painting with the model $1" sd3/infer_sd3_text2img.py --prompts-file=sd3/quickstart/prompts.txt \
+    --seeds 1 2 3 --height=64 --width=64 --guidance-scale=4 --batch-size=6 --device=cpu --dtype=float32 \
+    --output-dir="$OUTPUT/pictures/$1" "${@:2}"
+}
+
+python_step "Drawing the subject" -m sd3.common.synthetic_data --kind=subject --output="$OUTPUT/subject"
+full "Full fine-tune, DeepSpeed ZeRO-2, two processes" --max_train_steps="$STEPS"
+step "LoRA fine-tune" bash sd3/finetune_sd3_dreambooth_lora_fp16.sh "${settings[@]}" --mixed_precision=no --batch_size=4 \
+  --learning_rate=1e-3 --lr_scheduler=cosine --max_train_steps="$STEPS" --output_dir="$OUTPUT/lora" -- --rank=16
+paint before --model="$MODEL"
+paint full --model="$OUTPUT/full"
+paint lora --model="$MODEL" --lora="$OUTPUT/lora"
+python_step "Measuring" sd3/evaluate_sd3.py --pictures "$OUTPUT/pictures/before" "$OUTPUT/pictures/full" \
+  "$OUTPUT/pictures/lora" --subject-dir="$OUTPUT/subject/pictures" --subject="sks star" --clip-model="$JUDGE/clip" \
+  --dino-model="$JUDGE/vit" --device=cpu --output-dir="$OUTPUT/evaluation"
+python_step "Writing the page" -m sd3.quickstart.page --subject-dir="$OUTPUT/subject/pictures" \
+  --pictures before="$OUTPUT/pictures/before" full="$OUTPUT/pictures/full" lora="$OUTPUT/pictures/lora" \
+  --run full="$OUTPUT/full" lora="$OUTPUT/lora" --evaluation="$OUTPUT/evaluation" --commands="$OUTPUT/commands.txt" \
+  --output="$OUTPUT/quickstart.html"
 
 cat <<END
 
-== Done. Look at:
-   $OUTPUT/full/report.png   loss and images a second of the full fine-tune, over both of its sessions
-   $OUTPUT/lora/report.png   the same of the LoRA fine-tune
+== Done. Open in a browser:
+   $OUTPUT/quickstart.html
 END
-for picture in "$OUTPUT"/full/validation-*.png "$OUTPUT"/lora/validation-*.png; do
-  [ ! -e "$picture" ] || printf '   %s\n' "$picture"
-done
