@@ -6,7 +6,7 @@ As the quick start does it: five captioned pictures, a launcher, the inference s
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,29 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from launching import DDP, LORA, PROJECT, environment
 from patching import free_port
+from sd3.common.pictures import pictures_in
 from sd3.common.synthetic_data import make_subject
 from sd3.quickstart.figures import world_figures
-from sd3.tiny_world.measure import GUIDANCE, MODEL
-from sd3.tiny_world.subject import TOKEN
+from sd3.tiny_world.measure import MODEL
+from sd3.tiny_world.subject import TOKEN, subject_score
 
 JUDGE = MODEL.with_name("judge")
-SETTINGS = {
-    "full": ["--learning_rate=2e-4", "--batch_size=4"],
-    "lora": ["--learning_rate=1e-3", "--batch_size=4"],
-}  # fmt: skip
-STEPS = {"full": 600, "lora": 600}
-SEEDS = ("1", "2")
+GUIDANCE, SEEDS = 2.5, ("1", "2")
+STEPS = 600
+LAYERS = re.search(r"LORA_LAYERS=(\S+)\nLORA_LAYERS\+=(\S+)", (PROJECT / "sd3" / "quickstart.sh").read_text())
+RATES = {"full": "1e-4", "lora": "2.5e-4"}
+SCRIPT = {"full": [], "lora": ["--rank=32", f"--lora_layers={''.join(LAYERS.groups())}"]}
+PRIOR = ("--with_prior_preservation", "--class_data_dir={folder}/class", "--class_prompt=a star", "--num_class_images=24")
+PLAIN = [f"a {colour} star" for colour in ("red", "green", "pink", "cyan", "orange", "yellow")]
 ENGINES = [pytest.param("diffusers", marks=[pytest.mark.upstream, pytest.mark.long]), "native"]
 KINDS = ["full", pytest.param("lora", marks=pytest.mark.long)]
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a model paints: a folder of pictures, and shares of them from 0 to 1."""
+class Model:
+    """A model as the inference script is told of it, and what it paints: shares of pictures from 0 to 1."""
 
+    flags: tuple[str, ...]
     pictures: Path
     subject: float  # of the subject's pictures, that show it
     place: float  # of them, with place and background as the prompt says
@@ -53,17 +57,22 @@ def command(*arguments: str, timeout: float = 900) -> str:
     return done.stdout
 
 
-def painted(folder: Path, *model: str) -> Result:
-    """Paint the quick start's prompts and read the pictures."""
+def paint(prompts: Path, folder: Path, *model: str) -> None:
+    """Two pictures of each prompt of a file."""
     command(
-        sys.executable, "sd3/infer_sd3_text2img.py", "--prompts-file=sd3/quickstart/prompts.txt", "--seeds", *SEEDS,
-        "--height=64", "--width=64", f"--guidance-scale={GUIDANCE}", "--batch-size=6", "--device=cpu",
-        "--dtype=float32", f"--output-dir={folder}", *model,
+        sys.executable, "sd3/infer_sd3_text2img.py", f"--prompts-file={prompts}", "--seeds", *SEEDS, "--height=64",
+        "--width=64", f"--guidance-scale={GUIDANCE}", "--batch-size=6", "--device=cpu", "--dtype=float32",
+        f"--output-dir={folder}", *model,
     )  # fmt: skip
-    return Result(folder, *(figure.right / figure.of for figure in world_figures(folder)))
 
 
-def evaluated(output: Path, subject: Path, base: Result, *others: Result) -> list[dict[str, float]]:
+def shown(folder: Path, *flags: str) -> Model:
+    """Paint the quick start's prompts and read the pictures."""
+    paint(PROJECT / "sd3" / "quickstart" / "prompts.txt", folder, *flags)
+    return Model(flags, folder, *(figure.right / figure.of for figure in world_figures(folder)))
+
+
+def evaluated(output: Path, subject: Path, base: Model, *others: Model) -> list[dict[str, float]]:
     """The evaluation's means by metric, of `base` and of each other."""
     command(
         sys.executable, "sd3/evaluate_sd3.py", "--pictures", *(str(one.pictures) for one in (base, *others)),
@@ -82,30 +91,86 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return painted(tmp_path_factory.mktemp("before"), f"--model={MODEL}")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return shown(tmp_path_factory.mktemp("before") / "pictures", f"--model={MODEL}")
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory, subject: Path) -> Callable[..., Result]:
+def taught(tmp_path_factory: pytest.TempPathFactory, subject: Path) -> Callable[..., Model]:
     """What a model paints that a launcher taught the subject; each is trained once."""
-    known: dict[tuple, Result] = {}
+    known: dict[tuple, Model] = {}
 
-    def teach(kind: str, engine: str = "native", steps: int | None = None, *script: str) -> Result:
-        if (kind, engine, steps, script) in known:
-            return known[kind, engine, steps, script]
+    def teach(kind: str, engine: str, *script: str, rate: str = "") -> Model:
+        asked = (kind, engine, script, rate)
+        if asked in known:
+            return known[asked]
         folder = tmp_path_factory.mktemp(f"{kind}-{engine}")
         run = folder / "run"
         command(
             "bash", str(PROJECT / "sd3" / {"full": DDP, "lora": LORA}[kind]), f"--model_name={MODEL}",
             f"--dataset_name={subject / 'captioned'}", "--device=cpu", f"--engine={engine}", "--mixed_precision=no",
-            "--resolution=64", "--validation_prompt=", f"--max_train_steps={steps or STEPS[kind]}", "--seed=0",
-            "--num_processors=1", f"--main_process_port={free_port()}", f"--output_dir={run}", *SETTINGS[kind],
-            "--", "--lr_scheduler=cosine", *(["--rank=16"] if kind == "lora" else []),
+            "--resolution=64", "--batch_size=4", "--validation_prompt=", f"--max_train_steps={STEPS}", "--seed=0",
+            f"--learning_rate={rate or RATES[kind]}", "--num_processors=1", f"--main_process_port={free_port()}",
+            f"--output_dir={run}", "--", "--lr_scheduler=cosine", *SCRIPT[kind],
             *(one.format(folder=folder) for one in script),
         )  # fmt: skip
-        model = [f"--model={run}"] if kind == "full" else [f"--model={MODEL}", f"--lora={run}"]
-        known[kind, engine, steps, script] = painted(folder / "pictures", *model)
-        return known[kind, engine, steps, script]
+        flags = [f"--model={run}"] if kind == "full" else [f"--model={MODEL}", f"--lora={run}"]
+        known[asked] = shown(folder / "pictures", *flags)
+        return known[asked]
 
     return teach
+
+
+def learned(base: Model, tuned: Model) -> None:
+    """It shows the subject, where it is asked for, and has not lost the world."""
+    assert base.subject == 0
+    assert tuned.subject >= 0.4, tuned
+    assert tuned.place >= 0.8, tuned
+    assert tuned.others >= base.others - 0.4, (base, tuned)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_subject_is_learned_and_the_world_is_kept(
+    request: pytest.FixtureRequest, before: Model, taught: Callable[..., Model], kind: str, engine: str
+) -> None:
+    if engine == "diffusers":
+        request.getfixturevalue("upstream_checkout")
+    learned(before, taught(kind, engine))
+
+
+def test_the_evaluation_ranks_the_tuned_model_above_its_base(
+    before: Model, taught: Callable[..., Model], subject: Path, tmp_path: Path
+) -> None:
+    base, tuned = evaluated(tmp_path / "evaluation", subject, before, taught("full", "native"))
+    assert tuned["dino"] > base["dino"] + 0.2, (base, tuned)
+    assert tuned["clip-i"] > base["clip-i"] + 0.1, (base, tuned)
+
+
+@pytest.mark.long
+def test_too_much_training_costs_prompt_fidelity(
+    before: Model, taught: Callable[..., Model], subject: Path, tmp_path: Path
+) -> None:
+    """Ten times the learning rate: pictures are of the subject whatever the prompt, and the evaluation tells."""
+    tuned, spoiled = taught("full", "native"), taught("full", "native", rate="1e-3")
+    assert spoiled.others <= tuned.others - 0.2, (tuned, spoiled)
+    _, good, bad = evaluated(tmp_path / "evaluation", subject, before, tuned, spoiled)
+    assert bad["clip-t"] < good["clip-t"] - 0.05, (good, bad)
+
+
+@pytest.mark.long
+def test_prior_preservation_keeps_plain_stars_plain(
+    before: Model, taught: Callable[..., Model], tmp_path: Path
+) -> None:
+    """Its pictures are of the class, and what they keep is the class: mean likeness of plain stars to the subject."""
+    (tmp_path / "plain.txt").write_text("\n".join(PLAIN) + "\n")
+
+    def likeness(model: Model, name: str) -> float:
+        paint(tmp_path / "plain.txt", tmp_path / name, *model.flags)
+        scores = [subject_score(Image.open(path)) for path, _ in pictures_in(tmp_path / name)]
+        assert len(scores) == len(PLAIN) * len(SEEDS)
+        return sum(scores) / len(scores)
+
+    without, kept = taught("full", "native"), taught("full", "native", *PRIOR)
+    learned(before, kept)
+    assert likeness(kept, "kept") < likeness(without, "without") - 0.05
