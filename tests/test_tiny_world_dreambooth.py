@@ -30,7 +30,9 @@ STEPS = 600
 LAYERS = re.search(r"LORA_LAYERS=(\S+)\nLORA_LAYERS\+=(\S+)", (PROJECT / "sd3" / "quickstart.sh").read_text())
 RATES = {"full": "1e-4", "lora": "2.5e-4"}
 SCRIPT = {"full": [], "lora": ["--rank=32", f"--lora_layers={''.join(LAYERS.groups())}"]}
-PRIOR = ("--with_prior_preservation", "--class_data_dir={folder}/class", "--class_prompt=a star", "--num_class_images=24")
+PRIOR = (
+    "--with_prior_preservation", "--class_data_dir={folder}/class", "--class_prompt=a star", "--num_class_images=24",
+)  # fmt: skip
 PLAIN = [f"a {colour} star" for colour in ("red", "green", "pink", "cyan", "orange", "yellow")]
 ENGINES = [pytest.param("diffusers", marks=[pytest.mark.upstream, pytest.mark.long]), "native"]
 KINDS = ["full", pytest.param("lora", marks=pytest.mark.long)]
@@ -74,8 +76,9 @@ def shown(folder: Path, *flags: str) -> Model:
 
 def evaluated(output: Path, subject: Path, base: Model, *others: Model) -> list[dict[str, float]]:
     """The evaluation's means by metric, of `base` and of each other."""
+    candidates = [f"{number}={one.pictures}" for number, one in enumerate((base, *others))]
     command(
-        sys.executable, "sd3/evaluate_sd3.py", "--pictures", *(str(one.pictures) for one in (base, *others)),
+        sys.executable, "sd3/evaluate_sd3.py", "--pictures", *candidates,
         f"--subject-dir={subject / 'pictures'}", f"--subject={TOKEN} star", f"--clip-model={JUDGE / 'clip'}",
         f"--dino-model={JUDGE / 'vit'}", "--device=cpu", f"--output-dir={output}",
     )  # fmt: skip
