@@ -29,6 +29,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
+def positive(text: str) -> int:
+    """The number of an option that must be 1 or more.
+
+    Raises:
+        ValueError: it is no number, which argparse tells.
+        argparse.ArgumentTypeError: it is less.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
 def make_output_dir(folder: Path) -> None:
     """Make the directory that --output-dir names, if it is not there.
 

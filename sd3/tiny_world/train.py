@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from sd3.common.command_line import Parser, UserError
+from sd3.common.command_line import Parser, UserError, positive
 from sd3.common.files import new_directory, write_text
 from sd3.common.tiny_sd3 import write_frame
 from sd3.tiny_world import album, autoencoder, painter, reader
@@ -135,13 +135,6 @@ def train(output: Path, folder: Path, settings: Mapping[str, int | None]) -> Non
         write_text(aside / _RECORD, json.dumps(shop.record, indent=2) + "\n")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options; raises UserError."""
     parser = Parser(description="Train the tiny SD3 from nothing, on the CPU.")
@@ -154,13 +147,13 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     }
     for name, (what, table) in tables.items():
         own = ", ".join(map(str, table))
-        parser.add_argument(f"--{name}", type=_positive, help=f"steps of each of {what} (default: {own})")
+        parser.add_argument(f"--{name}", type=positive, help=f"steps of each of {what} (default: {own})")
     numbers = {
         "reader-steps": (reader.STEPS, "the text encoders' steps"),
         "pictures": (album.PICTURES, "pictures that the painter learns from"),
     }  # fmt: skip
     for name, (default, about) in numbers.items():
-        parser.add_argument(f"--{name}", type=_positive, default=default, help=f"{about} (default {default})")
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"{about} (default {default})")
     return parser.parse_args(arguments)
 
 

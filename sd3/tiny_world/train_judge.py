@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from sd3.common.command_line import Parser, UserError
+from sd3.common.command_line import Parser, UserError, positive
 from sd3.common.files import new_directory, write_text
 from sd3.tiny_world import judges
-from sd3.tiny_world.train import _positive
 
 TRAINERS = {"clip": judges.train_clip, "vit": judges.train_vit}
 
@@ -51,7 +50,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     for name, default in (("clip", judges.CLIP_STEPS), ("vit", judges.VIT_STEPS)):
         help_ = f"steps of {name} (default {default})"
-        parser.add_argument(f"--{name}-steps", type=_positive, default=default, help=help_)
+        parser.add_argument(f"--{name}-steps", type=positive, default=default, help=help_)
     return parser.parse_args(arguments)
 
 
