@@ -66,27 +66,26 @@ def painted(
     return measure.shares(measure.paint(pipeline, captions, seed, t5_tokens), told)
 
 
-def test_it_paints_captions(pipeline: StableDiffusion3Pipeline) -> None:
+def test_it_paints_held_out_captions(pipeline: StableDiffusion3Pipeline) -> None:
     """Few pictures, so with a wide margin below the figures of many, which are in the model card."""
-    found = painted(pipeline, "seen", 24, seed=1, t5_tokens=77)
+    found = painted(pipeline, "held-out", 24, seed=1, t5_tokens=77)
     assert found["colour"] >= 0.9, found
     assert found["shape"] >= 0.7, found
 
 
 @pytest.mark.long
-def test_it_paints_many_captions(pipeline: StableDiffusion3Pipeline) -> None:
-    found = painted(pipeline, "seen", 200, seed=0)
+def test_it_paints_many_held_out_captions(pipeline: StableDiffusion3Pipeline) -> None:
+    found = painted(pipeline, "held-out", 200, seed=0)
     assert found["colour"] >= 0.95, found
     assert found["shape"] >= 0.82, found
-    assert min(found["position"], found["count"], found["size"], found["background"]) >= 0.9, found
+    assert min(found["position"], found["count"], found["size"], found["background"]) >= 0.93, found
 
 
 @pytest.mark.long
-def test_it_composes_colours_it_never_saw_together_with_a_shape(pipeline: StableDiffusion3Pipeline) -> None:
-    """Of shapes it composes half, far above the sixth that chance gives."""
-    found = painted(pipeline, "held-out", 200, seed=0)
-    assert found["colour"] >= 0.95, found
-    assert found["shape"] >= 0.43, found
+def test_it_paints_many_captions_of_what_it_saw(pipeline: StableDiffusion3Pipeline) -> None:
+    found = painted(pipeline, "seen", 200, seed=0)
+    assert found["shape"] >= 0.92, found
+    assert min(found.values()) >= 0.9, found
 
 
 def test_a_caption_alone_decides_what_is_right(pipeline: StableDiffusion3Pipeline) -> None:
