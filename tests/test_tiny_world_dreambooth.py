@@ -76,9 +76,10 @@ def shown(folder: Path, *flags: str) -> Model:
 
 def evaluated(output: Path, subject: Path, base: Model, *others: Model) -> list[dict[str, float]]:
     """The evaluation's means by metric, of `base` and of each other."""
-    candidates = [f"{number}={one.pictures}" for number, one in enumerate((base, *others))]
+    models = (base, *others)
     command(
-        sys.executable, "sd3/evaluate_sd3.py", "--pictures", *candidates,
+        sys.executable, "sd3/evaluate_sd3.py", "--pictures", *(str(one.pictures) for one in models),
+        "--label", *map(str, range(len(models))),
         f"--subject-dir={subject / 'pictures'}", f"--subject={TOKEN} star", f"--clip-model={JUDGE / 'clip'}",
         f"--dino-model={JUDGE / 'vit'}", "--device=cpu", f"--output-dir={output}",
     )  # fmt: skip
