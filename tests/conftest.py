@@ -13,9 +13,11 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 PREPARED = PROJECT / "build" / "tests"
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start too.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background has them ignore Ctrl-C, nohup a closed terminal, and all that they
+# start ignores it too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+# The models that ship: files that libraries wrote, weights among them, all together below so many bytes.
+MODELS = {"sd3/tiny_world/model/": 8_000_000, "sd3/tiny_world/judge/": 1_000_000}
 
 
 @cache

@@ -10,11 +10,15 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from repository import PROJECT, relative, tracked_files
+from repository import MODELS, PROJECT, relative, tracked_files
 
 SD3 = PROJECT / "sd3"
 YAMLS = [path for path in tracked_files() if path.suffix in {".yaml", ".yml"} and SD3 in path.parents]
-JSONS = [path for path in tracked_files() if path.suffix == ".json" and SD3 in path.parents]
+JSONS = [
+    path
+    for path in tracked_files()
+    if path.suffix == ".json" and SD3 in path.parents and not relative(path).startswith(tuple(MODELS))
+]
 # What accelerate puts in place of "auto" when a run starts.
 AUTO = {
     "train_micro_batch_size_per_gpu": 1,

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from repository import relative, text_of, tracked_files
+from repository import MODELS, relative, text_of, tracked_files
 
 MAX_LINES = 500
 MAX_BYTES = 1_000_000
 WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".npz", ".npy", ".parquet", ".whl", ".pkl"}
-# The models that ship: files that libraries wrote, weights among them, all together below so many bytes.
-MODELS = {"sd3/tiny_world/model/": 8_000_000, "sd3/tiny_world/judge/": 1_000_000}
 WRITTEN = [path for path in tracked_files() if not relative(path).startswith(tuple(MODELS))]
 # Directories that exist on somebody's machine only. Written in pieces, so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.$}/-])/(?:wor" r"k|roo" r"t|hom" r"e/[a-z]\w*|Use" r"rs/\w+|mn" r"t/\w+)(?=/)")
