@@ -100,6 +100,8 @@ def test_the_painter_sees_every_pair_and_no_held_out_combination() -> None:
     rare = [scene for scene in combined if scene.is_rare()]
     assert 0.4 < sum(scene.is_held_out() for scene in rare) / len(rare) < 0.6
     assert not any(scene.is_held_out() for scene in combined if not scene.is_rare())
+    assert Scene("triangle", colour="red", position="left").is_held_out()
+    assert not Scene("triangle", colour="red").is_held_out()
 
 
 def test_captions_to_measure_by_say_what_decides() -> None:

@@ -66,10 +66,10 @@ class Scene:
 
     def is_held_out(self) -> bool:
         """Whether it combines a rare pair with a third attribute as training never shows it: position or, of several,
-        count with colour and shape."""
-        if not self.is_rare() or self.colour is None:
-            return False
+        count with colour and shape. What leaves one of the three open is not."""
         third = self.position or self.count
+        if not self.is_rare() or self.colour is None or third == "one":
+            return False
         return (list(COLOURS).index(self.colour) + (*POSITIONS, *COUNTS[1:]).index(third)) % 2 == 0
 
 

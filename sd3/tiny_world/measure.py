@@ -3,7 +3,7 @@
     python -m sd3.tiny_world.measure [--model DIR] [--pairs held-out|seen] [--captions 200] [--seed 0]
         [--sheet FILE.png]
 
-Each held-out caption has a pair that training never showed; the others are drawn as for training.
+Each held-out caption has a combination that training never showed; the others are of what it showed.
 """
 
 from __future__ import annotations

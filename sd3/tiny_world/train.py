@@ -4,7 +4,7 @@
         [--reader-steps N] [--pictures N]
 
 What is finished is kept in the work directory, and the painter as it is every few minutes: the same command goes on
-from there, in the same bits. Takes about two hours on a core of 2023, in two gigabytes of memory.
+from there, in the same bits. Takes three to four hours on a core of 2023, in two gigabytes of memory.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m sd3.tiny_world.train_judge --output DIR [--seed 0] [--clip-steps N] [--vit-steps N]
 
-The same command gives the same files. Takes about ten minutes on one core of 2023.
+The same command gives the same files. Takes a quarter of an hour on one core of 2023.
 """
 
 from __future__ import annotations
