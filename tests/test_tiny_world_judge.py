@@ -16,7 +16,7 @@ from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, FeatureMod
 from sd3.evaluation.metrics import cosines, subject_fidelity
 from sd3.tiny_world import judge_world, train_judge
 from sd3.tiny_world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, Scene, caption_of
-from sd3.tiny_world.render import render, to_image
+from sd3.tiny_world.render import plain, render, to_image
 from sd3.tiny_world.subject import SUBJECT, draw_figure, draw_pose, subject_picture
 
 JUDGE = PROJECT / "sd3" / "tiny_world" / "judge"
@@ -66,7 +66,7 @@ def subjects(rng: random.Random) -> np.ndarray:
 
 def bare_subjects(rng: random.Random) -> np.ndarray:
     """The subject without its face."""
-    ground = judge_world.plain_ground(BACKGROUNDS[rng.choice(list(BACKGROUNDS))])
+    ground = plain(BACKGROUNDS[rng.choice(list(BACKGROUNDS))])
     return draw_figure(ground, draw_pose(rng), SUBJECT._replace(face=None))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +42,22 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive number")
     return number
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Do what a command is for; returns its exit status, and says on standard error why it is not 0.
+
+    That is a UserError's own, and 2 where a file cannot be read or written.
+    """
+    try:
+        work()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def make_output_dir(folder: Path) -> None:

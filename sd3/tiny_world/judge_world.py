@@ -24,11 +24,14 @@ from sd3.tiny_world.render import (
     SIZE,
     Pixels,
     Plane,
+    any_colour,
     coordinates,
+    cover,
     distance,
     jittered,
     loose_places,
     paint,
+    plain,
     star,
 )
 
@@ -36,6 +39,7 @@ Colour = tuple[int, int, int]
 
 FILLS = ("plain", "striped", "dotted", "ringed")
 _FACE_WORDS = {"one": ("with a face",), "two": ("with faces",), "three": ("with faces",)}
+_PALETTE = tuple(COLOURS.values())
 _NEVER = {"yellow", "purple"}  # on a star
 _RADII = {"small": (7.5, 11.8), "large": (14.5, 24.0)}  # pixels
 _RADIUS_OF_SEVERAL = (7.5, 10.5)
@@ -96,10 +100,6 @@ def is_left_out(facts: Facts) -> bool:
     return facts.shape == "star" and {facts.colour, facts.second} == _NEVER
 
 
-def _cover(signed: Plane) -> Plane:
-    return np.clip(0.5 - signed, 0, 1)
-
-
 def _pattern(figure: Figure, x: Plane, y: Plane, radius: float) -> Plane:
     """How much of each pixel has the second colour."""
     turn = 2 * math.pi / (figure.period * radius)
@@ -110,16 +110,16 @@ def _pattern(figure: Figure, x: Plane, y: Plane, radius: float) -> Plane:
         wave = np.sin(np.hypot(x, y) * turn)
     else:
         wave = 0.3 - np.cos((x * cos + y * sin) * turn / 1.3) * np.cos((y * cos - x * sin) * turn / 1.3)
-    return _cover(wave / turn)
+    return cover(wave / turn)
 
 
 def _draw_face(picture: Pixels, figure: Figure, x: Plane, y: Plane, radius: float) -> Pixels:
     head = figure.head * radius
     ink = (20, 20, 25)
-    picture = paint(picture, _cover(np.hypot(x, y) - head), figure.face)
+    picture = paint(picture, cover(np.hypot(x, y) - head), figure.face)
     eyes = np.hypot(np.abs(x) - 0.4 * head, y + 0.25 * head) - 0.2 * head
     mouth = np.maximum(np.abs(np.hypot(x, y) - 0.55 * head) - 0.11 * head, 0.2 * head - y)
-    return paint(picture, _cover(np.minimum(eyes, mouth)), ink)
+    return paint(picture, cover(np.minimum(eyes, mouth)), ink)
 
 
 def draw_figure(picture: Pixels, figure: Figure, x: float, y: float, radius: float, angle: float) -> Pixels:
@@ -133,20 +133,8 @@ def draw_figure(picture: Pixels, figure: Figure, x: float, y: float, radius: flo
     if figure.fill != "plain":
         base = np.broadcast_to(np.asarray(fill, np.float32), picture.shape)
         fill = paint(base, _pattern(figure, right, down, radius), figure.colours[1])
-    picture = paint(picture, _cover(signed), fill)
+    picture = paint(picture, cover(signed), fill)
     return picture if figure.face is None else _draw_face(picture, figure, right, down, radius)
-
-
-def plain_ground(colour: Colour) -> Pixels:
-    """A picture [64, 64, 3] of one colour."""
-    return np.broadcast_to(np.asarray(colour, np.float32), (SIZE, SIZE, 3)).astype(np.float32)
-
-
-def any_colour(rng: random.Random) -> Colour:
-    """One of the world's colours or, as often, any other."""
-    if rng.random() < 0.5:
-        return rng.choice(list(COLOURS.values()))
-    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 def dress(shape: str, fill: str, colours: tuple[Colour, Colour], face: bool, rng: random.Random) -> Figure:
@@ -214,7 +202,7 @@ def picture_of(facts: Facts, rng: random.Random) -> Pixels:
     figure = dress(facts.shape, facts.fill, colours, facts.face == "yes", rng)
     # Several have to find room.
     radius = rng.uniform(*_RADII[facts.size] if facts.count == "one" else _RADIUS_OF_SEVERAL)
-    picture = plain_ground(jittered(BACKGROUNDS[facts.background], rng))
+    picture = plain(jittered(BACKGROUNDS[facts.background], rng))
     if facts.count == "one":
         spots = [_centre(facts, radius, rng)]
     else:
@@ -274,7 +262,7 @@ def _is_new(figure: Figure) -> bool:
 def draw_look(rng: random.Random) -> Figure:
     """A figure of any look."""
     while True:
-        colours = (any_colour(rng), any_colour(rng))
+        colours = (any_colour(rng, _PALETTE), any_colour(rng, _PALETTE))
         figure = dress(rng.choice(SHAPES), rng.choice(FILLS), colours, rng.random() < 0.5, rng)
         if _is_new(figure):
             return figure
@@ -310,14 +298,14 @@ def altered(figure: Figure, rng: random.Random) -> Figure:
 def view_of(figure: Figure, rng: random.Random) -> Pixels:
     """A picture [64, 64, 3] of the figure somewhere on some background."""
     while True:
-        ground = rng.choice(list(BACKGROUNDS.values())) if rng.random() < 0.6 else any_colour(rng)
+        ground = rng.choice(list(BACKGROUNDS.values())) if rng.random() < 0.6 else any_colour(rng, _PALETTE)
         if _apart(ground, figure.colours[0]):
             break
     lit = replace(figure, colours=tuple(jittered(colour, rng) for colour in figure.colours))
     radius = rng.uniform(10, 24)
     room = SIZE / 2 - 0.9 * radius
     x, y = (SIZE / 2 + rng.uniform(-room, room) for _ in range(2))
-    return draw_figure(plain_ground(jittered(ground, rng)), lit, x, y, radius, rng.uniform(-0.6, 0.6))
+    return draw_figure(plain(jittered(ground, rng)), lit, x, y, radius, rng.uniform(-0.6, 0.6))
 
 
 def words() -> list[str]:

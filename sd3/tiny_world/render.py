@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,14 +72,34 @@ def coordinates(x: float, y: float, angle: float, size: int = SIZE) -> tuple[Pla
     return right * cos + down * sin, down * cos - right * sin
 
 
+def cover(signed: Plane) -> Plane:
+    """How much of each pixel lies inside an edge, 0 to 1, from the signed distances to it."""
+    return np.clip(0.5 - signed, 0, 1)
+
+
 def coverage(shape: str, x: float, y: float, radius: float, angle: float, size: int = SIZE) -> Plane:
     """How much of each pixel a shape covers, 0 to 1."""
-    return np.clip(0.5 - distance(shape, *coordinates(x, y, angle, size), radius), 0, 1)
+    return cover(distance(shape, *coordinates(x, y, angle, size), radius))
 
 
 def paint(picture: Pixels, cover: Plane, colour: tuple[int, int, int] | Pixels) -> Pixels:
     """The picture with `colour`, one or one a pixel, laid over it."""
     return picture + cover[..., None] * (np.asarray(colour, np.float32) - picture)
+
+
+def plain(colour: tuple[int, int, int], size: int = SIZE) -> Pixels:
+    """A picture [size, size, 3] of one colour."""
+    return np.broadcast_to(np.asarray(colour, np.float32), (size, size, 3)).astype(np.float32)
+
+
+def any_colour(
+    rng: random.Random, known: Sequence[tuple[int, int, int]] = (*COLOURS.values(), *BACKGROUNDS.values()),
+    share: float = 0.5,
+) -> tuple[int, int, int]:  # fmt: skip
+    """In this share of cases one of the known colours, else any."""
+    if rng.random() < share:
+        return rng.choice(known)
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 def jittered(colour: tuple[int, int, int], rng: random.Random, most: int = 8) -> tuple[int, int, int]:
@@ -123,8 +144,7 @@ def render(scene: Scene, rng: random.Random, loose: bool = False) -> Pixels:
     """A picture [64, 64, 3] of a scene with nothing left open; place, size, turn and colours vary a little, and more
     where it is `loose`: then shapes are smaller too, as hard as the autoencoder shall find them."""
     jitter, turn = (8, 0.12) if loose else (3, 0.04)
-    background = np.asarray(jittered(BACKGROUNDS[scene.background or ""], rng, jitter), np.float32)
-    picture = np.broadcast_to(background, (SIZE, SIZE, 3)).astype(np.float32)
+    picture = plain(jittered(BACKGROUNDS[scene.background or ""], rng, jitter))
     colour = jittered(COLOURS[scene.colour or ""], rng, jitter)
     if loose:
         radius = rng.uniform(*_LOOSE_RADII[scene.size or ""])
@@ -141,27 +161,22 @@ def doodle(rng: random.Random) -> Pixels:
     """A picture outside the world for the autoencoder, which must code more than painters learn: shapes in any colour,
     plain or striped, and dots. Stars are plain, so that a striped one stays new."""
 
-    def any_colour() -> tuple[int, int, int]:
-        if rng.random() < 0.3:
-            return rng.choice([*COLOURS.values(), *BACKGROUNDS.values()])
-        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-    picture = np.broadcast_to(np.asarray(any_colour(), np.float32), (SIZE, SIZE, 3)).astype(np.float32)
+    picture = plain(any_colour(rng, share=0.3))
     for _ in range(rng.randint(1, 3)):
         shape, angle = rng.choice(SHAPES), rng.uniform(0, 2 * math.pi)
         x, y, radius = rng.uniform(8, 56), rng.uniform(8, 56), rng.uniform(6, 24)
         along, across = coordinates(x, y, angle)
-        fill: tuple[int, int, int] | Pixels = any_colour()
+        fill: tuple[int, int, int] | Pixels = any_colour(rng, share=0.3)
         if shape != "star" and rng.random() < 0.6:
             period, turn = rng.uniform(6, 12), rng.uniform(0, 2 * math.pi)
             wave = np.sin((along * math.cos(turn) + across * math.sin(turn)) * 2 * math.pi / period)
             base = np.broadcast_to(np.asarray(fill, np.float32), picture.shape)
-            fill = paint(base, np.clip(0.5 + wave * period / 6, 0, 1), any_colour())
-        picture = paint(picture, np.clip(0.5 - distance(shape, along, across, radius), 0, 1), fill)
+            fill = paint(base, np.clip(0.5 + wave * period / 6, 0, 1), any_colour(rng, share=0.3))
+        picture = paint(picture, cover(distance(shape, along, across, radius)), fill)
     for _ in range(rng.randint(0, 6)):
         dot = coverage(rng.choice(("circle", "cross", "ring")), rng.uniform(4, 60), rng.uniform(4, 60),
                        rng.uniform(1.5, 5), rng.uniform(0, 6))  # fmt: skip
-        picture = paint(picture, dot, any_colour())
+        picture = paint(picture, dot, any_colour(rng, share=0.3))
     return picture
 
 

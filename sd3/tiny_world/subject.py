@@ -14,8 +14,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sd3.tiny_world.classifier import background_of, groups, pixels_of
-from sd3.tiny_world.grammar import BACKGROUNDS, COLOURS, Scene, in_words
-from sd3.tiny_world.render import SIZE, Pixels, Plane, coordinates, distance, paint, places_of, star
+from sd3.tiny_world.grammar import BACKGROUNDS, Scene, in_words
+from sd3.tiny_world.render import (
+    SIZE,
+    Pixels,
+    Plane,
+    any_colour,
+    coordinates,
+    cover,
+    distance,
+    paint,
+    places_of,
+    plain,
+    star,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,10 +77,6 @@ class Figure(NamedTuple):
 SUBJECT = Figure()
 
 
-def _cover(signed: Plane) -> Plane:
-    return np.clip(0.5 - signed, 0, 1)
-
-
 def draw_figure(picture: Pixels, pose: Pose, figure: Figure = SUBJECT) -> Pixels:
     """A square picture of any size with the figure over it."""
     size = picture.shape[0]
@@ -79,17 +87,17 @@ def draw_figure(picture: Pixels, pose: Pose, figure: Figure = SUBJECT) -> Pixels
     wave = 2 * math.pi / (figure.period * radius)
     first, second = figure.colours
     fill = paint(
-        np.broadcast_to(np.asarray(first, np.float32), picture.shape), _cover(np.sin(across * wave) / wave), second
+        np.broadcast_to(np.asarray(first, np.float32), picture.shape), cover(np.sin(across * wave) / wave), second
     )
-    picture = paint(picture, _cover(figure.outline(x, y, radius)), fill)
+    picture = paint(picture, cover(figure.outline(x, y, radius)), fill)
     if figure.face is None:
         return picture
-    picture = paint(picture, _cover(np.hypot(x, y) - _HEAD * radius), figure.face)
+    picture = paint(picture, cover(np.hypot(x, y) - _HEAD * radius), figure.face)
     for side in (-1, 1):
         eye = np.hypot(x - side * _EYE_ACROSS * radius, y + _EYE_UP * radius) - _EYE * radius
-        picture = paint(picture, _cover(eye), _INK)
+        picture = paint(picture, cover(eye), _INK)
     smile = np.abs(np.hypot(x, y - 0.02 * radius) - _SMILE * radius) - _LINE * radius
-    return paint(picture, _cover(np.maximum(smile, 0.1 * radius - y)), _INK)
+    return paint(picture, cover(np.maximum(smile, 0.1 * radius - y)), _INK)
 
 
 def draw_pose(rng: random.Random) -> Pose:
@@ -103,18 +111,14 @@ def draw_pose(rng: random.Random) -> Pose:
 def draw_any_figure(rng: random.Random, shapes: Sequence[str]) -> Figure:
     """A figure of one of the shapes, striped, most with a face."""
 
-    def colour() -> Colour:
-        if rng.random() < 0.5:
-            return rng.choice([*COLOURS.values(), *BACKGROUNDS.values()])
-        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
     face = (rng.randrange(180, 256), rng.randrange(180, 256), rng.randrange(160, 256)) if rng.random() < 0.7 else None
-    return Figure(rng.choice(list(shapes)), (colour(), colour()), rng.uniform(0.4, 0.8), rng.uniform(0, math.pi), face)
+    shape, colours = rng.choice(list(shapes)), (any_colour(rng), any_colour(rng))
+    return Figure(shape, colours, rng.uniform(0.4, 0.8), rng.uniform(0, math.pi), face)
 
 
 def ground(background: str, size: int = SIZE) -> Pixels:
     """An empty picture [size, size, 3] of one of the world's backgrounds."""
-    return np.broadcast_to(np.asarray(BACKGROUNDS[background], np.float32), (size, size, 3)).astype(np.float32)
+    return plain(BACKGROUNDS[background], size)
 
 
 def subject_picture(size: int, rng: random.Random, background: str) -> Pixels:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from sd3.common.command_line import Parser, UserError, positive
+from sd3.common.command_line import Parser, UserError, positive, status_of
 from sd3.common.files import new_directory, write_text
 from sd3.common.tiny_sd3 import write_frame
 from sd3.tiny_world import album, autoencoder, painter, reader
@@ -162,29 +162,25 @@ def settings_of(options: argparse.Namespace) -> dict[str, int | None]:
     return {name: getattr(options, name) for name in ("seed", "steps", "autoencoder_steps", "reader_steps", "pictures")}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def make(arguments: list[str] | None) -> None:
+    """What the command line asks for; raises UserError and OSError."""
     started = time.monotonic()
-    try:
-        options = options_of(arguments)
-        settings = settings_of(options)
-        work = options.work or options.output.with_name(options.output.name + ".work")
-        if options.output.exists():
-            raise UserError(f"--output={options.output} exists; name a new directory.")
-        train(options.output, work, settings)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = options_of(arguments)
+    work = options.work or options.output.with_name(options.output.name + ".work")
+    if options.output.exists():
+        raise UserError(f"--output={options.output} exists; name a new directory.")
+    train(options.output, work, settings_of(options))
     sizes = {name: sum(f.stat().st_size for f in (options.output / name).rglob("*")) for name in PARTS[2:]}
     for name, size in sizes.items():
         print(f"{name:<16}{size / 1e6:8.3f} MB")
     total = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
     print(f"{'all':<16}{total / 1e6:8.3f} MB of at most {MOST_BYTES / 1e6:.0f}")
     print(f"{options.output} made in {(time.monotonic() - started) / 60:.1f} minutes.")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return status_of(lambda: make(arguments))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sd3.common.command_line import Parser, UserError, positive
+from sd3.common.command_line import Parser, positive, status_of
 from sd3.common.files import new_directory, write_text
 from sd3.tiny_world import judges
 
@@ -54,22 +54,19 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def make(arguments: list[str] | None) -> None:
+    """What the command line asks for; raises UserError and OSError."""
+    started = time.monotonic()
+    options = _options(arguments)
+    # Sums of floats depend on how many threads share them.
+    torch.set_num_threads(1)
+    train(options.output, options.seed, {"clip": options.clip_steps, "vit": options.vit_steps})
+    print(f"{options.output} made in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    started = time.monotonic()
-    try:
-        options = _options(arguments)
-        # Sums of floats depend on how many threads share them.
-        torch.set_num_threads(1)
-        train(options.output, options.seed, {"clip": options.clip_steps, "vit": options.vit_steps})
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{options.output} made in {(time.monotonic() - started) / 60:.1f} minutes.")
-    return 0
+    return status_of(lambda: make(arguments))
 
 
 if __name__ == "__main__":
