@@ -1,4 +1,7 @@
-"""The precision in which pictures are encoded: half where it does not show, and the same choice in every run."""
+"""The precision in which pictures are encoded: half where it does not show, and the same choice in every run.
+
+With the taught VAE: a random one's error in half precision (1.7e-3 to 2.0e-3, by the CPU) is as large as the limit.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from diffusers import AutoencoderKL
 from native_parts import Ranks, noise_pictures, options, view
 from sd3.native import precompute as precompute_module
 from sd3.native.precompute import NEGLIGIBLE, Precompute, encode, half_if_negligible
+from sd3.tiny_world.measure import MODEL
 
 
 @pytest.fixture
@@ -22,8 +26,8 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def vae(tiny_model: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(tiny_model / "vae").requires_grad_(False)
+def vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32).requires_grad_(False)
 
 
 @pytest.fixture
@@ -52,7 +56,8 @@ def test_half_precision_is_not_taken_where_it_overflows(vae: AutoencoderKL, pixe
 
 
 def test_half_precision_is_not_taken_where_it_rounds_too_much(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    vae.encoder.conv_in.bias += 300  # what is different between pictures is little beside what is the same
+    vae.encoder.conv_in.weight *= 1e-6  # of numbers as small as that float16 keeps few bits
+    vae.encoder.conv_in.bias *= 1e-6
     exact, half = encode(vae, pixels)[0], encode(copy.deepcopy(vae).half(), pixels)[0]
     assert half.isfinite().all() and not torch.allclose(half, exact, rtol=1e-2)
     assert half_if_negligible(vae, pixels) == torch.float32
@@ -71,10 +76,10 @@ class OnAccelerator(Precompute):
 
 
 @pytest.fixture
-def on_accelerator(tiny_model: Path, tmp_path: Path) -> Iterator[OnAccelerator]:
+def on_accelerator(tmp_path: Path) -> Iterator[OnAccelerator]:
     ranks = Ranks()
     ranks.device = types.SimpleNamespace(type="cuda")
-    made = OnAccelerator(options(f"--precompute_dir={tmp_path / 'cache'}", "--resolution=32"), tiny_model, ranks)
+    made = OnAccelerator(options(f"--precompute_dir={tmp_path / 'cache'}", "--resolution=32"), MODEL, ranks)
     made.loaded = []
     yield made
 
