@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
-PREPARED = PROJECT / "build" / "tests"
+from prepared import PROJECT, prepared
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, nohup a closed terminal, and all that they
 # start ignores it too.
@@ -42,16 +40,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if report.skipped and not item.get_closest_marker("upstream") and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped, but only tests marked `upstream` may be: {report.longrepr}"
-
-
-def prepared(name: str, maker: Callable[..., None]) -> Path:
-    """A directory made by maker, kept between runs for as long as maker's source file stays the same."""
-    source = Path(maker.__code__.co_filename).read_bytes()
-    target = PREPARED / f"{name}-{hashlib.sha256(source).hexdigest()[:12]}"
-    if not target.exists():
-        PREPARED.mkdir(parents=True, exist_ok=True)
-        maker(target)
-    return target
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+from prepared import PREPARED, PROJECT, made_once
+
 SCRIPTS = {"full": "train_dreambooth_sd3.py", "lora": "train_dreambooth_lora_sd3.py"}
 PATCHES = [
     line.split("#")[0].strip()
@@ -34,16 +35,16 @@ def scripts_without(number: str | None) -> Path:
     digest = hashlib.sha256()
     for file in sorted((PROJECT / "patches").iterdir()):
         digest.update(file.read_bytes() if file.is_file() else b"")
-    tree = PROJECT / "build" / "tests" / "queue" / digest.hexdigest()[:12] / name
-    if not tree.exists():
-        aside = tree.with_name(f".{name}.{os.getpid()}")
+
+    def make(tree: Path) -> None:
+        aside = tree.with_name(f".{name}.part")
         shutil.rmtree(aside, ignore_errors=True)
-        tree.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             ["bash", "patches/queue.sh", "without", name, str(aside)], cwd=PROJECT, check=True, capture_output=True
         )
         aside.rename(tree)
-    return tree / "examples" / "dreambooth"
+
+    return made_once(PREPARED / "queue" / digest.hexdigest()[:12] / name, make) / "examples" / "dreambooth"
 
 
 def free_port() -> int:

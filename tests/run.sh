@@ -66,7 +66,10 @@ mkdir -p build/tests
 rm -f build/tests/junit.xml
 [ "$full" -eq 0 ] || pytest_args+=(--full)
 pytest_status=0
-"$PYTHON" -m pytest --junitxml=build/tests/junit.xml --durations=10 "${pytest_args[@]}" || pytest_status=$?
+# A file's tests stay together: they share what was trained for them.
+workers="$(nproc)"
+"$PYTHON" -m pytest --numprocesses="$((workers < 4 ? workers : 4))" --dist=loadfile \
+  --junitxml=build/tests/junit.xml --durations=10 "${pytest_args[@]}" || pytest_status=$?
 
 echo "== summary ($((SECONDS - started)) s)"
 [ "$ruff_status" -eq 0 ] || echo "ruff: failed"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import prepared
 from evaluation_parts import CLIP_WIDTH, VIT_WIDTH, draw, make_feature_models
+from prepared import prepared
 from sd3.common.command_line import UserError
 from sd3.evaluation.feature_cache import FeatureCache
 from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, FeatureModel, InceptionModel, load_kid_model

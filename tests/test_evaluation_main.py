@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from browser import BROWSER, assert_looks_like_something
-from conftest import prepared
 from evaluation_page import Element, Page
 from evaluation_parts import FakeInference, fill, make_feature_models
 from painting import SMALL, make_lora
+from prepared import prepared
 from sd3.common.pictures import pictures_in
 from sd3.evaluation import report
 from sd3.evaluation.candidates import align, read_folder
