@@ -177,7 +177,7 @@ def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 120) -
 def losses(output: Path) -> dict[int, float]:
     """Loss of each step over all sessions; a step made again must have come out the same."""
     found: dict[int, float] = {}
-    for session in _sessions(output):
+    for session in _sessions(output, "loss"):
         for step, loss in session.items():
             assert found.setdefault(step, loss) == loss, f"step {step} differs between sessions"
     return found
@@ -185,11 +185,17 @@ def losses(output: Path) -> dict[int, float]:
 
 def losses_of_last_session(output: Path) -> dict[int, float]:
     """Loss of each step since the last start of the run."""
-    return _sessions(output)[-1]
+    return _sessions(output, "loss")[-1]
 
 
-def _sessions(output: Path) -> list[dict[int, float]]:
-    """Losses by step, of each start of the run."""
+def scalars(output: Path, tag: str) -> dict[int, float]:
+    """What the tracker has of each step, of a run that was started once."""
+    (session,) = _sessions(output, tag)
+    return session
+
+
+def _sessions(output: Path, tag: str) -> list[dict[int, float]]:
+    """A scalar by step, of each start of the run."""
     from sd3.common.report_events import event_messages, scalar
 
     loaded = [messages for file in output.glob("logs/**/events.*") if (messages := event_messages(file))]
@@ -199,7 +205,7 @@ def _sessions(output: Path) -> list[dict[int, float]]:
             message.step: scalar(value)
             for message in messages
             for value in message.summary.value
-            if value.tag == "loss"
+            if value.tag == tag
         }
         if found:
             sessions.append(found)

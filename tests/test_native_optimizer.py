@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import types
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
 from native_parts import options
-from native_runs import finished, forked, forked_ranks, log_of
+from native_runs import finished, forked, forked_ranks, log_of, scalars
 from sd3.common.command_line import UserError
 from sd3.native.loop import refuse_sharding, start_accelerator
 from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
@@ -178,6 +180,24 @@ def test_one_call_a_step_is_what_one_a_rank_was(name: str, ranks: int) -> None:
     assert found == pytest.approx(rates(stretched, 20, ranks))
     assert (found[0] < found[4]) == (name != "constant")
     assert found[4] == pytest.approx(1e-2)
+
+
+class SkippedAt:
+    """Has accelerate say that a step was skipped, as after an overflow in fp16, which no CPU trains in."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self) -> None:
+        answers = itertools.count(1)
+        AcceleratedOptimizer.step_was_skipped = property(lambda self_: next(answers) == self.step)
+
+
+def test_a_step_that_was_skipped_is_none_of_the_schedules(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run = ("lora", output, tiny_model, [f"--instance_data_dir={dog_dir}"], "--max_train_steps=5", "--rank=2")
+    assert finished(forked(*run, "--lr_scheduler=linear", before=SkippedAt(2))) == 0
+    assert list(scalars(output, "lr").values()) == pytest.approx([1e-3, 8e-4, 8e-4, 6e-4, 4e-4])
 
 
 def test_scaled_learning_rate() -> None:

@@ -206,7 +206,8 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         with profile.step(step - done):
             loss, norm = optimize(options, seed, accelerator, model, optimizer, flow, batches)
         stopper.ask()
-        schedule.step()
+        if not optimizer.step_was_skipped:  # for fp16 that overflowed
+            schedule.step()
         metrics.add(step, position, loss, norm, rate)
         position += stream.samples_a_step
 
