@@ -9,39 +9,47 @@ JUDGE="$PROJECT_DIR/sd3/tiny_world/judge"
 
 usage() {
   cat <<'END'
-Usage: bash sd3/quickstart.sh [--output_dir=DIR]
+Usage: bash sd3/quickstart.sh [--output_dir=DIR] [--main_process_port=N]
 
 Sets the project up if that was not done. Then, on the CPU and in minutes: draws five captioned pictures of a subject,
 teaches it to the tiny SD3 that comes with the project, by a full fine-tune with DeepSpeed on two processes and by a
 LoRA; paints with the model before and after; evaluates the pictures; and writes one page with all of it.
 
-  --output_dir=DIR   where everything goes (default build/quickstart; what an earlier quick start left there is replaced)
+  --output_dir=DIR        where everything goes (default build/quickstart); what an earlier quick start left there is
+                          replaced
+  --main_process_port=N   port that the two processes meet at (default: the launchers')
 END
 }
+refuse() { echo "quickstart.sh: $1" >&2; exit 2; }
+
+port=()
 
 for argument in "$@"; do
   case "$argument" in
     --output_dir=?*) OUTPUT="${argument#*=}" ;;
+    --main_process_port=?*) port=("$argument") ;;
     -h|--help) usage; exit 0 ;;
-    *) echo "quickstart.sh: unknown option $argument; see --help." >&2; exit 2 ;;
+    *) refuse "unknown option $argument; see --help." ;;
   esac
 done
-case "$OUTPUT" in /*) ;; *) OUTPUT="$PWD/$OUTPUT" ;; esac
+OUTPUT="$(realpath -m -- "$OUTPUT")"
 # Only what an earlier quick start made is ever removed.
-if [ -d "$OUTPUT" ] && [ ! -e "$OUTPUT/.quickstart" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
-  echo "quickstart.sh: --output_dir=$OUTPUT holds other files; name a new or empty directory." >&2
-  exit 2
+if [ -e "$OUTPUT" ] && [ ! -d "$OUTPUT" ]; then
+  refuse "--output_dir=$OUTPUT is no directory; name a new or empty one."
+elif [ -d "$OUTPUT" ] && [ ! -e "$OUTPUT/.quickstart" ] && [ -n "$(ls -A "$OUTPUT")" ]; then
+  refuse "--output_dir=$OUTPUT holds other files; name a new or empty directory."
 fi
 
 # shellcheck source=sd3/launch/python.sh
 . "$PROJECT_DIR/sd3/launch/python.sh"
 # Where set-up found no source of diffusers, the launchers have the native engine: that is no reason to run it again.
-find_python 2>/dev/null || bash "$PROJECT_DIR/setup_env.sh" --device=cpu
+[ -n "${SD3_PYTHON:-}" ] || find_python 2>/dev/null || bash "$PROJECT_DIR/setup_env.sh"
 find_python
 
-rm -rf "$OUTPUT"
-mkdir -p "$OUTPUT"
-touch "$OUTPUT/.quickstart"
+{ mkdir -p "$OUTPUT" && exec 9>>"$OUTPUT/.quickstart"; } 2>/dev/null ||
+  refuse "--output_dir=$OUTPUT cannot be written; name a directory that you may write."
+flock -n 9 || [ $? -ne 1 ] || refuse "--output_dir=$OUTPUT is in use by a quick start that is still going; name another."
+find "$OUTPUT" -mindepth 1 -maxdepth 1 ! -name .quickstart -exec rm -rf {} +
 
 # Says what is done, notes the command for the page, and runs it from the project's directory.
 step() {
@@ -49,11 +57,11 @@ step() {
   shift
   echo "== $what"
   printf '%q ' "$@" | sed 's/ $/\n/' >>"$OUTPUT/commands.txt"
-  (cd "$PROJECT_DIR" && "$@")
+  (cd "$PROJECT_DIR" && "$@") 9>&-
 }
 python_step() { step "$1" env PYTHONWARNINGS=ignore "$PYTHON" "${@:2}"; }
 
-# A small model must learn in all of a block's layers; the default, its attention, is for large ones.
+# A small model must learn in nearly all of a block's layers; the default, its attention, is for large ones.
 LORA_LAYERS=attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out
 LORA_LAYERS+=,ff.net.0.proj,ff.net.2,norm1.linear
 settings=(--model_name="$MODEL" --dataset_name="$OUTPUT/subject/captioned" --device=cpu --resolution=64 --seed=0
@@ -66,7 +74,7 @@ paint() {
 
 python_step "Drawing the subject" -m sd3.common.synthetic_data --kind=subject --output="$OUTPUT/subject"
 step "Full fine-tune, DeepSpeed ZeRO-2, two processes" bash sd3/finetune_sd3_dreambooth_deepspeed_bf16.sh \
-  "${settings[@]}" --num_processors=2 --batch_size=2 --learning_rate=1e-4 --output_dir="$OUTPUT/full" \
+  "${settings[@]}" "${port[@]}" --num_processors=2 --batch_size=2 --learning_rate=1e-4 --output_dir="$OUTPUT/full" \
   -- --lr_scheduler=cosine
 step "LoRA fine-tune" bash sd3/finetune_sd3_dreambooth_lora_fp16.sh "${settings[@]}" --mixed_precision=no \
   --batch_size=4 --learning_rate=2.5e-4 --output_dir="$OUTPUT/lora" \

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launching import BF16, DDP, PROJECT, fake_project, launch, start
+from launching import BF16, DDP, PROJECT, environment, fake_project, launch, start
 from sd3.common.supervise import send
 
 TOKEN = "hf_not_a_real_token_0123456789"
@@ -85,6 +85,27 @@ def test_the_users_environment_wins(project: Path, arguments: list[str], tmp_pat
     assert seen["OMP_NUM_THREADS"] == "3"
     assert seen["TOKENIZERS_PARALLELISM"] == "false"
     assert "HCCL_CONNECT_TIMEOUT" not in seen  # means nothing off an NPU
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (BF16, 2)])
+def test_on_the_cpu_no_library_sees_an_accelerator(
+    project: Path, arguments: list[str], tmp_path: Path, launcher: str, ranks: int
+) -> None:
+    """Else the ranks of DeepSpeed would share the one card of a machine, and end."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ASCEND_RT_VISIBLE_DEVICES": ""}
+    cards = dict.fromkeys(hidden, "0,1")
+    ports = ["--main_process_port=29540", f"--num_processors={ranks}"]
+    assert launch(project, launcher, *arguments, *ports, **cards).returncode == 0
+    run = tmp_path / "the run"
+    for rank in range(ranks):
+        seen = json.loads((run / f"stub-{rank}.json").read_text())["environment"]
+        assert {name: seen[name] for name in hidden} == hidden
+        (run / f"stub-{rank}.json").unlink()
+    # So does the command that is written down.
+    again = subprocess.run(["bash", str(run / "command.sh")], env=environment(**cards), capture_output=True)
+    assert again.returncode == 0
+    seen = json.loads((run / "stub-0.json").read_text())["environment"]
+    assert {name: seen[name] for name in hidden} == hidden
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [(DDP, 1), (DDP, 2), (BF16, 2)])

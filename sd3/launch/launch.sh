@@ -84,6 +84,8 @@ choose_device() {
     fail "--num_processors=${OPTION[num_processors]} is more than the $visible visible $DEVICE devices; use at most $visible."
   fi
   set_training_env "$DEVICE" || exit 2
+  # DeepSpeed and accelerate take an accelerator wherever they see one.
+  [ "$DEVICE" != cpu ] || export CUDA_VISIBLE_DEVICES="" ASCEND_RT_VISIBLE_DEVICES=""
 }
 
 absolute() { case "$1" in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$PWD/$1" ;; esac; }
@@ -235,6 +237,7 @@ prepare_run_dir() {
     while IFS='|' read -r name _; do
       [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
     done <<<"$ASCEND_TABLE"
+    [ "$DEVICE" != cpu ] || printf 'export CUDA_VISIBLE_DEVICES="" ASCEND_RT_VISIBLE_DEVICES=""\n'
     [ -z "${ACCELERATE_USE_CPU:-}" ] || printf 'export ACCELERATE_USE_CPU=%q\n' "$ACCELERATE_USE_CPU"
     # shellcheck disable=SC2016  # expanded where it runs
     printf 'export PYTHONPATH=%q"${PYTHONPATH:+:$PYTHONPATH}"\n' "$PROJECT_DIR"
