@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from sd3.common.synthetic_data import make_subject
 from sd3.common.tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
+from sd3.quickstart.figures import SEEN
 from sd3.tiny_world import grammar
 from sd3.tiny_world.classifier import read, right, whole_position
 from sd3.tiny_world.grammar import COLOURS, RARE_COLOURS, RARE_POSITIONS, SHAPES, Scene, draw_scene
 from sd3.tiny_world.render import SIZE, render, to_image
-from sd3.tiny_world.subject import draw_figure, draw_pose, subject_picture, subject_score
+from sd3.tiny_world.subject import SUBJECT, Figure, draw_figure, draw_pose, ground, subject_picture, subject_score
 
 
 def scenes(number: int, seed: int = 0) -> list[tuple[Scene, Image.Image]]:
@@ -175,15 +177,33 @@ def test_the_detector_takes_no_plain_shape_for_the_subject() -> None:
         assert subject_score(picture.filter(ImageFilter.GaussianBlur(0.9))) < 0.35, scene
 
 
-def test_the_detector_wants_stripes_and_a_face() -> None:
-    """The subject in grey, and the subject with its colours the other way round, are not the subject."""
+PLAIN_FACED = Figure(colours=(SUBJECT.colours[0],) * 2)
+OTHERS = {
+    "no face": Figure(face=None),
+    "no stripes": PLAIN_FACED,
+    "no stripes, red": PLAIN_FACED._replace(colours=((220, 50, 47),) * 2),
+    "green and pink": Figure(colours=((60, 170, 70), (240, 130, 180))),
+    "stripes the other way": Figure(turn=math.pi / 2),
+    "colours changed about": Figure(colours=SUBJECT.colours[::-1]),
+}
+
+
+@pytest.mark.parametrize("figure", OTHERS.values(), ids=OTHERS)
+def test_the_detector_wants_these_stripes_and_a_face(figure: Figure) -> None:
     rng = random.Random(1)
-    background = np.full((SIZE, SIZE, 3), 244, np.float32)
-    whole = draw_figure(background, draw_pose(rng))
-    assert subject_score(to_image(whole)) > 0.85
-    star = np.abs(whole - background).sum(-1) > 60
-    negative = np.where(star[..., None], 255 - whole, whole)
-    assert subject_score(to_image(negative)) < 0.2
+    for background in grammar.BACKGROUNDS:
+        picture = to_image(draw_figure(ground(background), draw_pose(rng), figure))
+        assert subject_score(picture) < 0.35 < SEEN
+        assert subject_score(picture.filter(ImageFilter.GaussianBlur(0.9))) < 0.35
+
+
+def test_the_detector_wants_the_colours() -> None:
+    rng = random.Random(1)
+    for background in grammar.BACKGROUNDS:
+        picture = to_image(draw_figure(ground(background), draw_pose(rng)))
+        assert subject_score(picture) > 0.85
+        assert subject_score(picture.convert("L")) < 0.4 < SEEN
+        assert subject_score(ImageChops.invert(picture)) < 0.2
     assert subject_score(Image.new("RGB", (SIZE, SIZE), "white")) == 0.0
 
 

@@ -156,23 +156,29 @@ def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         outside = grown
 
 
-def _likeness(pixels: Pixels, figure: NDArray[np.bool_], pose: Pose) -> float:
-    """The overlap of the outlines times the correlation of what is inside them."""
-    signed = SUBJECT.outline(*coordinates(pose.x, pose.y, pose.angle), pose.radius)
-    outline, inner = signed < 0, signed < -1
-    overlap = (figure & outline).sum() / (figure | outline).sum()
-    ideal = draw_figure(np.zeros_like(pixels), pose)[inner]
-    seen = pixels[inner]
+def _correlation(ideal: NDArray[np.float32], seen: NDArray[np.float32]) -> float:
+    """Of the colours [n, 3] of some pixels about their means, 0 to 1."""
     ideal, seen = ideal - ideal.mean(0), seen - seen.mean(0)
     # Of an even surface the correlation would be that of its flaws: a spread below 16 of 255 counts as 16.
     spread = max(math.sqrt(float((seen**2).mean())), 16.0) * math.sqrt(float((ideal**2).mean()))
-    return float(overlap) * max(0.0, float((ideal * seen).mean()) / spread)
+    return max(0.0, float((ideal * seen).mean()) / spread)
+
+
+def _likeness(pixels: Pixels, figure: NDArray[np.bool_], pose: Pose) -> float:
+    """The overlap of the outlines, times the correlation of the stripes or that of the face, the lower of the two."""
+    x, y = coordinates(pose.x, pose.y, pose.angle)
+    signed, head = SUBJECT.outline(x, y, pose.radius), np.hypot(x, y) - _HEAD * pose.radius
+    outline, striped, face = signed < 0, (signed < -1) & (head > 1), head < -1
+    overlap = (figure & outline).sum() / (figure | outline).sum()
+    ideal = draw_figure(np.zeros_like(pixels), pose)
+    return float(overlap) * min(_correlation(ideal[part], pixels[part]) for part in (striped, face))
 
 
 def subject_score(image: Image.Image) -> float:
-    """How much the largest figure of a picture is the subject, 0 to 1; a plain star of any colour is near 0.
+    """How much the largest figure of a picture is the subject, 0 to 1; without its stripes or its face it is near 0.
 
-    The best pose is found around the figure's middle.
+    The best pose is found around the figure's middle. With both, another outline has what the outlines share: a disc
+    about half.
     """
     pixels = pixels_of(image)
     found = groups(np.linalg.norm(pixels - background_of(pixels), axis=-1) > _UNLIKE)
