@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sd3.native.data import Items, Loader, Samples, Texts
 from sd3.native.options import parse
@@ -59,3 +61,22 @@ def loader(given: argparse.Namespace, model: Path, ranks: Ranks | None = None) -
         given.seed or 0, len(items), given.train_batch_size, given.gradient_accumulation_steps, ranks.num_processes
     )
     return Loader(given, Samples(items, stream, precompute.cache), texts, ranks.device)
+
+
+def with_changed(model: Path, part: str, folder: Path) -> Path:
+    """The same pipeline, one tensor of a part a little different."""
+    changed = Path(shutil.copytree(model, folder / "model"))
+    (file,) = (changed / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, file, {"format": "pt"})
+    return changed
+
+
+def with_variant(model: Path, folder: Path) -> Path:
+    """The same pipeline, each part's weights there a second time, as the variant fp16."""
+    made = Path(shutil.copytree(model, folder / "model"))
+    for file in list(made.glob("*/*.safetensors")):
+        shutil.copy(file, file.with_name(f"{file.stem}.fp16{file.suffix}"))
+    return made

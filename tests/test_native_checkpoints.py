@@ -13,10 +13,12 @@ from accelerate import DistributedType
 
 import native_runs
 from native_parts import options as native_options
+from native_parts import with_changed
 from sd3.common.command_line import UserError
 from sd3.native import checkpoint, checkpoint_files
 from sd3.native.checkpoint import pack, unpack
-from sd3.native.flag_changes import FIXED, FREE, HELD, differences, remembered
+from sd3.native.flag_changes import FIXED, FREE, HELD, changed_facts, differences, facts_of, remembered
+from sd3.native.model import Trained
 from sd3.native.options import flags
 
 
@@ -200,6 +202,16 @@ def test_every_flag_is_free_held_fixed_or_takes_effect() -> None:
     assert not FREE & HELD and not FREE & FIXED and not HELD & FIXED
 
 
+@pytest.mark.parametrize(("schedule", "told"), [("linear", True), ("constant", False), ("constant_with_warmup", False)])
+def test_another_number_of_steps_is_told_where_the_learning_rate_follows_it(
+    tmp_path: Path, schedule: str, told: bool
+) -> None:
+    given = native_options(f"--lr_scheduler={schedule}")
+    before, now = facts_of(given, "pictures", "weights", 500), facts_of(given, "pictures", "weights", 1000)
+    sentence = f"The learning rate has another course, of 1000 steps, than in {tmp_path}: the run goes on, but not "
+    assert changed_facts(tmp_path, before, now) == ([f"{sentence}as it would have."] if told else [])
+
+
 @pytest.mark.parametrize(("deepspeed", "each"), [(False, 12), (True, 16)])
 def test_no_rank_begins_to_write_where_there_is_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deepspeed: bool, each: int
@@ -292,3 +304,37 @@ def test_a_lora_of_another_rank_is_refused(tiny_model: Path, dog_dir: Path, tmp_
     train(tmp_path / "run", tiny_model, dog_dir, "--train_batch_size=1")
     log = train(tmp_path / "run", tiny_model, dog_dir, "--rank=8", "--resume_from_checkpoint=latest")
     assert "holds a LoRA of another rank or other layers" in log
+
+
+@pytest.mark.parametrize("harm", ["other layers", "unreadable"])
+def test_deepspeed_is_given_no_checkpoint_that_does_not_fit(tiny_model: Path, tmp_path: Path, harm: str) -> None:
+    """It would take the weights of one layer for those of another of the same size."""
+    asked = []
+
+    def load_checkpoint(*_: object, **__: object) -> None:
+        asked.append(harm)
+        raise RuntimeError("size mismatch")
+
+    layers = {"other layers": "attn.to_v", "unreadable": "attn.to_q"}[harm]
+    Trained(native_options("--lora_layers=attn.to_q"), "lora", tiny_model, torch.float32).write_weights(tmp_path)
+    trained = Trained(native_options(f"--lora_layers={layers}"), "lora", tiny_model, torch.float32)
+    model = SimpleNamespace(load_checkpoint=load_checkpoint)
+    options = native_options(f"--output_dir={tmp_path}")
+    made = checkpoint.Checkpoints(options, accelerator(deepspeed=True), trained, model, None, None)
+    says = {"other layers": "of another rank or other layers", "unreadable": "DeepSpeed's state is not what"}[harm]
+    with pytest.raises(UserError, match=says):
+        made.load(tmp_path, {})
+    assert asked == ([] if harm == "other layers" else [harm])
+
+
+def test_another_base_model_is_told(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    """A LoRA fits any model of the size; so does a full checkpoint the text encoders beside it."""
+    other = with_changed(tiny_model, "text_encoder", tmp_path)
+    for kind in ("lora", "full"):
+        output = tmp_path / kind
+        train(output, tiny_model, dog_dir, "--train_batch_size=1", "--max_train_steps=2", kind=kind)
+        again = ("--train_batch_size=1", "--resume_from_checkpoint=latest")
+        log = train(output, other, dog_dir, *again, kind=kind)
+        assert f"The weights that are not trained are not those of {output / 'checkpoint-2'}" in log
+        log = train(output, other, dog_dir, *again, "--max_train_steps=6", kind=kind)
+        assert log.count("The weights that are not trained") == 1  # the log goes on

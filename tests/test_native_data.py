@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import io
+import json
 import os
 import types
 from collections import Counter
@@ -27,7 +28,7 @@ from sd3.common.command_line import UserError
 from sd3.native import data as data_module
 from sd3.native.cache import Cache
 from sd3.native.data import Items, Loader, Samples, names_at
-from sd3.native.pictures import View, instance_samples
+from sd3.native.pictures import View, identity, instance_samples
 from sd3.native.precompute import Precompute
 from sd3.native.step import Batch
 from sd3.native.stream import Stream
@@ -439,6 +440,44 @@ def test_batches_for_an_accelerator_are_pinned(
     assert list(fed.batches(0, 0, 1)) == []
     assert (given["pin_memory"], given["pin_memory_device"]) == (pinned, named)
     assert set(given) <= set(inspect.signature(DataLoader).parameters)
+
+
+def rows_of(folder: Path, **columns: list) -> tuple[str, ...]:
+    """Flags of a data set with these columns."""
+    (folder / "set").mkdir()
+    features = datasets.Features({"picture": datasets.Image(), "says": datasets.Value("int64")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "set" / "train.parquet")
+    return f"--dataset_name={folder / 'set'}", f"--cache_dir={folder / 'datasets'}", "--image_column=picture"
+
+
+def test_a_row_without_picture_or_words_is_named(tmp_path: Path) -> None:
+    given = rows_of(tmp_path, picture=[painted((64, 64)), None], says=[1, 2])
+    with pytest.raises(UserError, match="set, row 0 has the caption 1, expected text; see --caption_column"):
+        instance_samples(options(*given, "--caption_column=says"))
+    whole, empty = instance_samples(options(*given))
+    assert whole.views[0].content()
+    with pytest.raises(UserError, match="set, row 1 has no picture"):
+        empty.views[0].content()
+
+
+def test_a_picture_that_the_rows_name_and_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    painted((64, 64)).save(tmp_path / "set" / "a.png")
+    rows = [{"file_name": name, "text": "a dog"} for name in ("a.png", "b.png")]
+    (tmp_path / "set" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="b.png"):
+        for sample in instance_samples(options(f"--dataset_name={tmp_path / 'set'}", f"--cache_dir={tmp_path / 'c'}")):
+            sample.views[0].content()
+
+
+def test_a_square_picture_has_one_square(tmp_path: Path) -> None:
+    """However often it is shown, it is encoded once; one with room to cut is not."""
+    for name, size in (("square", (64, 64)), ("wide", (96, 64))):
+        content = encoded(painted(size))
+        keys = {view(content, crop).key(64, *identity(lambda content=content: content)) for crop in ((0.1, 0.9), None)}
+        assert len(keys) == {"square": 1, "wide": 2}[name]
+    square = encoded(painted((64, 64)))
+    assert torch.equal(view(square, (0.1, 0.9)).pixels(32), view(square).pixels(32))
 
 
 def test_a_data_sets_columns_and_blank_captions(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -197,6 +198,23 @@ def test_a_reading_covers_the_steps_since_the_one_before(clock: Clock, capsys: p
     assert "5/10" in lines[0] and "6/10" in lines[1]
     assert "loss=2.0000, lr=2.00e-03, images/s=2.00, utilization=12.5%" in lines[0]
     assert "loss=3.0000, lr=3.00e-03, images/s=4.00, utilization=25.0%" in lines[1]
+
+
+def test_a_tracker_that_cannot_write_is_let_go(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics, board, _ = made("CPU")
+
+    def flush() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(board, "flush", flush)
+    for step in (1, 2):
+        metrics.add(step, 0, *scalars(0.5, 1.0), 1e-3)
+        clock.now += 1
+        assert metrics.read()[0].step == step
+    assert caplog.text.count("goes on without its trackers, which cannot write") == 1
+    metrics.close()
 
 
 def test_pauses_do_not_count(clock: Clock) -> None:

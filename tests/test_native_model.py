@@ -145,12 +145,20 @@ def test_a_lora_with_text_encoders_trains_both_clips(twins: Path) -> None:
     ("flag", "message"),
     [
         ("--lora_blocks=0,2", "--lora_blocks=0,2: the transformer has the blocks 0 to 1"),
-        ("--lora_layers=attn.to_k,attn.to_x", "--lora_layers=attn.to_k,attn.to_x: no block has attn.to_x"),
+        ("--lora_layers=attn.to_k,attn.to_x", "=attn.to_k,attn.to_x: no block has a linear layer attn.to_x"),
+        ("--lora_layers=attn", "--lora_layers=attn: no block has a linear layer attn;"),
     ],
 )
 def test_a_lora_for_what_is_not_there_is_refused(tiny_model: Path, flag: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trained(options(flag), "lora", tiny_model, torch.float32)
+
+
+def test_a_block_without_the_layers_is_refused(tiny_model: Path) -> None:
+    """The last block's text leads nowhere."""
+    flags = ("--lora_blocks=1", "--lora_layers=attn.to_add_out")
+    with pytest.raises(UserError, match="--lora_blocks=1: none of them has a linear layer attn.to_add_out"):
+        Trained(options(*flags), "lora", tiny_model, torch.float32)
 
 
 @pytest.mark.parametrize(("flag", "rate"), [("--text_encoder_lr=3e-5", 3e-5), ("--text_encoder_lr=0", 2e-4)])

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from native_parts import Ranks, noise_pictures, options, view
+from native_parts import Ranks, noise_pictures, options, view, with_changed, with_variant
 from sd3.common.command_line import UserError
 from sd3.native import cache as cache_module
 from sd3.native import precompute as precompute_module
@@ -138,22 +138,13 @@ def test_a_picture_that_is_repeated_is_encoded_once(files: list[Path], tiny_mode
 # ---- never stale
 
 
-def with_changed(model: Path, part: str, folder: Path) -> Path:
-    """The same pipeline, one tensor of a part a little different."""
-    changed = Path(shutil.copytree(model, folder / "model"))
-    (file,) = (changed / part).glob("*.safetensors")
-    tensors = load_file(file)
-    name = sorted(tensors)[0]
-    tensors[name] = tensors[name] + 1e-3
-    save_file(tensors, file, {"format": "pt"})
-    return changed
-
-
 def latent_key(folder: Path, model: Path, one: View, *flags: str) -> str:
     return Precompute(given(folder, *flags), model, Ranks()).latents([one])[0]
 
 
-@pytest.mark.parametrize("what", ["bytes", "crop", "place", "flip", "resolution", "weights", "precision", "name"])
+@pytest.mark.parametrize(
+    "what", ["bytes", "crop", "place", "flip", "resolution", "weights", "variant", "precision", "name"]
+)
 def test_latents_have_a_key_of_their_own(what: str, files: list[Path], tiny_model: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(files[0], tmp_path / "a.png"))
     one, model, flags = view(file), tiny_model, ()
@@ -169,6 +160,9 @@ def test_latents_have_a_key_of_their_own(what: str, files: list[Path], tiny_mode
         flags = ("--resolution=48",)
     elif what == "weights":
         model = with_changed(tiny_model, "vae", tmp_path)
+    elif what == "variant":
+        model, flags = with_variant(tiny_model, tmp_path), ("--variant=fp16",)
+        key = latent_key(tmp_path / "cache", model, one)
     elif what == "precision":
         flags = ("--vae_precision=bf16",)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import native_runs
+from native_parts import noise_pictures
 
 STEPS = 8
 # Name -> script, ranks, DeepSpeed, arguments. Between them: accumulation, flips, workers, an epoch's end in the middle.
@@ -140,6 +141,20 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_as_if_not(
     assert native_runs.finished(native_runs.forked(*again)) == 0, native_runs.log_of(tmp_path / "broken").read_text()
     assert "Resuming from" in native_runs.log_of(tmp_path / "broken").read_text()
     assert_same_runs(straight, tmp_path / "broken", (6, 8))
+
+
+def test_a_resume_need_not_be_told_the_seed(tiny_model: Path, tmp_path: Path) -> None:
+    """By which crops are drawn too, where pictures are no squares."""
+    (tmp_path / "pictures").mkdir()
+    noise_pictures(tmp_path / "pictures")
+    common = arguments("full", tmp_path / "run", tiny_model, tmp_path / "pictures", "--resolution=32")
+    straight = arguments("full", tmp_path / "straight", tiny_model, tmp_path / "pictures", "--resolution=32")
+    assert native_runs.finished(native_runs.forked(*straight)) == 0
+    assert native_runs.finished(native_runs.forked(*common, before=KilledAtStep(4))) == -signal.SIGKILL
+    common.remove("--seed=7")
+    assert native_runs.finished(native_runs.forked(*common, "--resume_from_checkpoint=latest")) == 0
+    assert "not as it would have" not in native_runs.log_of(tmp_path / "run").read_text()
+    assert_same_runs(tmp_path / "straight", tmp_path / "run", (4, 6, 8))
 
 
 def killed_until_done(mode: str, model: Path, data: Path, output: Path, moments: random.Random, most: int) -> int:

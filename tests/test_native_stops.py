@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -330,3 +331,35 @@ def test_a_full_disk_while_the_result_is_written_is_said_and_can_be_resumed(
     assert not (output / "pytorch_lora_weights.safetensors").exists()
     assert native_runs.finished(native_runs.forked(*run, "--resume_from_checkpoint=latest")) == 0
     assert (output / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from sd3.native import loop
+
+    def run(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/class-00001.png")
+
+    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(loop, "start_accelerator", lambda options: SimpleNamespace(is_main_process=False))
+    assert loop.main("lora", native_runs.flags(tmp_path / "run", tmp_path, "no") + ["--instance_data_dir=d"]) == 1
+    said = capsys.readouterr().err
+    assert said == "/a/class-00001.png: No space left on device; free some space and resume.\n"
+    monkeypatch.setattr(loop, "run", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        loop.main("lora", native_runs.flags(tmp_path / "run", tmp_path, "no") + ["--instance_data_dir=d"])
+
+
+def test_what_a_model_cannot_do_is_refused_before_anything_is_computed(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    for flag, says in (
+        ("--resolution=512", "--resolution=512 is more than the model was made for; give at most"),
+        ("--variant=fp16", f"--variant=fp16: {tiny_model} has no such weights for transformer"),
+    ):
+        output = tmp_path / flag.split("=")[0]
+        run = arguments(output, tiny_model, dog_dir, flag)
+        assert native_runs.finished(native_runs.forked(*run)) == 2
+        assert says in native_runs.log_of(output).read_text()
+        assert not (tmp_path / "precomputed").exists()

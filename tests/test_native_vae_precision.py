@@ -15,8 +15,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from native_parts import Ranks, noise_pictures, options, view
+from sd3.common.command_line import UserError
 from sd3.native import precompute as precompute_module
-from sd3.native.precompute import NEGLIGIBLE, Precompute, encode, half_if_negligible
+from sd3.native.precompute import NEGLIGIBLE, Precompute, encode, error_in_half, half_if_negligible
 from sd3.tiny_world.measure import MODEL
 
 
@@ -43,7 +44,7 @@ def overflowing(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def test_half_precision_is_taken_where_it_does_not_show(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    assert half_if_negligible(vae, pixels) == torch.float16
+    assert half_if_negligible(error_in_half(vae, pixels).item()) == torch.float16
     assert vae.dtype == torch.float32
     exact = encode(vae, pixels)[0]
     error = (encode(vae.half(), pixels)[0] - exact).square().mean().sqrt() / exact.square().mean().sqrt()
@@ -51,7 +52,7 @@ def test_half_precision_is_taken_where_it_does_not_show(vae: AutoencoderKL, pixe
 
 
 def test_half_precision_is_not_taken_where_it_overflows(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
-    assert half_if_negligible(overflowing(vae), pixels) == torch.float32
+    assert half_if_negligible(error_in_half(overflowing(vae), pixels).item()) == torch.float32
     assert encode(vae, pixels)[0].isfinite().all()
 
 
@@ -60,7 +61,7 @@ def test_half_precision_is_not_taken_where_it_rounds_too_much(vae: AutoencoderKL
     vae.encoder.conv_in.bias *= 1e-6
     exact, half = encode(vae, pixels)[0], encode(copy.deepcopy(vae).half(), pixels)[0]
     assert half.isfinite().all() and not torch.allclose(half, exact, rtol=1e-2)
-    assert half_if_negligible(vae, pixels) == torch.float32
+    assert half_if_negligible(error_in_half(vae, pixels).item()) == torch.float32
 
 
 class OnAccelerator(Precompute):
@@ -107,7 +108,6 @@ def test_the_main_rank_chooses_for_all(
         return [torch.float16]
 
     monkeypatch.setattr(precompute_module, "broadcast_object_list", answered)
-    monkeypatch.setattr(on_accelerator, "_holds", lambda keys: pytest.fail("every rank reads the whole cache"))
     on_accelerator.accelerator.is_main_process, on_accelerator.accelerator.num_processes = False, 2
     on_accelerator.latents([view(file) for file in files])
     assert asked == [None] and on_accelerator.loaded == [torch.float16]  # for its share alone
@@ -118,3 +118,25 @@ def test_a_precision_that_was_asked_for_is_taken(asked: str, on_accelerator: OnA
     on_accelerator.options.vae_precision = asked
     on_accelerator.latents([view(files[0])])
     assert on_accelerator.loaded == [precompute_module.VAE_DTYPES[asked]]
+
+
+def test_what_was_encoded_because_it_was_asked_for_is_no_choice(
+    on_accelerator: OnAccelerator, files: list[Path]
+) -> None:
+    """An overflow would be found by whoever tries; latents that are there prove nothing."""
+    views = [view(file) for file in files]
+    on_accelerator.options.vae_precision = "fp16"
+    on_accelerator.latents(views)
+    on_accelerator.options.vae_precision = "auto"
+    on_accelerator.loaded.clear()
+    on_accelerator.spoil = overflowing
+    on_accelerator.latents(views)
+    assert on_accelerator.loaded == [torch.float32, torch.float32]
+
+
+def test_a_picture_that_overflows_is_named_and_not_kept(on_accelerator: OnAccelerator, files: list[Path]) -> None:
+    on_accelerator.options.vae_precision = "fp16"
+    on_accelerator.spoil = overflowing
+    with pytest.raises(UserError, match=f"in float16 makes no numbers of {files[0].name}; give --vae_precision=fp32"):
+        on_accelerator.latents([view(files[0])])
+    assert not list(on_accelerator.cache.folder.rglob("*.safetensors"))

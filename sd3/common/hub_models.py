@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from sd3.common.command_line import UserError
-from sd3.common.model_files import check_model
+from sd3.common.model_files import MODELS, check_model
 
 
 def model_directory(
@@ -27,6 +27,7 @@ def model_directory(
     if problems := check_model(name, option):
         raise UserError(problems[0])
     if Path(name).exists():
+        _check_variant(Path(name), variant)
         return Path(name)
     from diffusers import StableDiffusion3Pipeline
 
@@ -43,3 +44,14 @@ def model_directory(
             f"{option}={name} is no directory here, and cannot be had from the hub ({why}); give the directory of the "
             "model, or log in with 'huggingface-cli login' if it is gated."
         ) from None
+
+
+def _check_variant(model: Path, variant: str | None) -> None:
+    """Raise UserError where a part of a directory has no weights of the variant, such as fp16."""
+    if variant is None:
+        return
+    without = [part for part in MODELS if not list((model / part).glob(f"*.{variant}[-.]*"))]
+    if without:
+        raise UserError(
+            f"--variant={variant}: {model} has no such weights for {', '.join(without)}; leave the option out."
+        )

@@ -122,6 +122,12 @@ def damaged_files(part: Path) -> list[str]:
     return found
 
 
+def largest_side(transformer: Path, vae: Path) -> int:
+    """Pixels of the longest side of a picture that the transformer has positions for, from both configurations."""
+    config, of_vae = (json.loads((part / "config.json").read_text(encoding="utf-8")) for part in (transformer, vae))
+    return config["pos_embed_max_size"] * config["patch_size"] * 2 ** (len(of_vae["block_out_channels"]) - 1)
+
+
 def content_hash(parts: Iterable[Path]) -> str:
     """A hash of what the folders hold, in hexadecimal, under the names of the folders.
 

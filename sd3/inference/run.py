@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd3.common.command_line import UserError, make_output_dir
+from sd3.common.model_files import largest_side
 from sd3.common.pictures import PictureError, Recipe, read_recipe, save_picture
 from sd3.inference.options import Defaults, Options, parse
 from sd3.inference.ranks import Ranks
@@ -128,10 +128,7 @@ def _target(options: Options, recipe: Recipe) -> Path:
 
 def _check_size(options: Options, sources: Sources) -> None:
     """The transformer knows positions up to a side of its own."""
-    config = json.loads((sources.parts["transformer"] / "config.json").read_text(encoding="utf-8"))
-    vae = json.loads((sources.parts["vae"] / "config.json").read_text(encoding="utf-8"))
-    stride = 2 ** (len(vae["block_out_channels"]) - 1) * config["patch_size"]
-    most = config["pos_embed_max_size"] * stride
+    most = largest_side(sources.parts["transformer"], sources.parts["vae"])
     for option, side in (("--height", options.height), ("--width", options.width)):
         if side > most:
             raise UserError(f"{option}={side} is more than {options.model} was made for; give at most {most}.")

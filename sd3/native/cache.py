@@ -1,8 +1,9 @@
 """Tensors on disk under the hash of what they were computed from; written once, read by any run that needs the same.
 
-A file holds safetensors and nothing else, so reading one executes nothing. It appears whole or not at all, and whoever
-computes the same entry at the same time writes the same file. What is read is the file itself, mapped into memory: the
-processes of a machine share its pages, and the system takes them back where memory is short.
+A file holds safetensors and nothing else, so reading one executes nothing. It appears whole or not at all. Runs that
+compute the same entry at the same time may differ in its last bits; the later one's stays. What is read is the file
+itself, mapped into memory: the processes of a machine share its pages, and the system takes them back where memory is
+short.
 """
 
 from __future__ import annotations

@@ -219,7 +219,12 @@ class Checkpoints:
             UserError: its tensors do not fit the model in training.
         """
         if self.deepspeed:
-            self.model.load_checkpoint(str(folder), tag=DEEPSPEED, load_module_strict=not self.trained.lora)
+            if self.trained.lora:
+                self._lora_of(folder)  # DeepSpeed would deal out the weights of other layers to those there are
+            try:
+                self.model.load_checkpoint(str(folder), tag=DEEPSPEED, load_module_strict=not self.trained.lora)
+            except (RuntimeError, ValueError, KeyError):
+                raise UserError(UNREADABLE.format(folder, "DeepSpeed's state")) from None
         else:
             self._load_weights(folder)
             try:
@@ -234,21 +239,9 @@ class Checkpoints:
 
     def _load_weights(self, folder: Path) -> None:
         if self.trained.lora:
-            tensors = _tensors_of(folder, LORA)
-            expected = {
-                f"{name}.{key.replace('.default.', '.')}": parameter
-                for name, part in self.trained.parts.items()
-                for key, parameter in trainable(part).items()
-            }
-            shapes = {key: tuple(parameter.shape) for key, parameter in expected.items()}
-            if shapes != {key: tuple(tensor.shape) for key, tensor in tensors.items()}:
-                raise UserError(
-                    f"{folder} holds a LoRA of another rank or other layers; give the same --rank, --lora_layers, "
-                    "--lora_blocks and --train_text_encoder as before."
-                )
             with torch.no_grad():
-                for key, parameter in expected.items():
-                    parameter.copy_(tensors[key])
+                for parameter, tensor in self._lora_of(folder):
+                    parameter.copy_(tensor)
             return
         for name, part in self.trained.parts.items():
             if not (folder / name).is_dir():
@@ -261,3 +254,19 @@ class Checkpoints:
                     f"{folder / name} cannot be read as the {name} in training; give the same "
                     "--pretrained_model_name_or_path as before, or resume from another checkpoint."
                 ) from None
+
+    def _lora_of(self, folder: Path) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """Each low-rank matrix in training with that of the checkpoint."""
+        tensors = _tensors_of(folder, LORA)
+        expected = {
+            f"{name}.{key.replace('.default.', '.')}": parameter
+            for name, part in self.trained.parts.items()
+            for key, parameter in trainable(part).items()
+        }
+        shapes = {key: tuple(parameter.shape) for key, parameter in expected.items()}
+        if shapes != {key: tuple(tensor.shape) for key, tensor in tensors.items()}:
+            raise UserError(
+                f"{folder} holds a LoRA of another rank or other layers; give the same --rank, --lora_layers, "
+                "--lora_blocks and --train_text_encoder as before."
+            )
+        return [(parameter, tensors[key]) for key, parameter in expected.items()]

@@ -9,8 +9,8 @@ from typing import Any
 from sd3.common.command_line import UserError
 from sd3.native.options import public
 
-# They do not touch what is computed, or are compared in other ways: the model and its parts by the checkpoint's
-# tensors, pictures and captions by their hashes.
+# They do not touch what is computed, or are compared in other ways: the model by the checkpoint's tensors and FACTS,
+# pictures, captions and steps by FACTS.
 FREE = {
     "pretrained_model_name_or_path", "revision", "variant", "cache_dir", "instance_data_dir", "dataset_name",
     "dataset_config_name", "image_column", "caption_column", "class_data_dir", "num_class_images", "sample_batch_size",
@@ -27,6 +27,12 @@ HELD = {
     "prodigy_use_bias_correction", "prodigy_safeguard_warmup",
 }  # fmt: skip
 FIXED = {"optimizer", "use_8bit_adam"}
+# What a run is told by beside its flags, see `facts_of`; where one has changed, a sentence begins like this.
+FACTS = {
+    "data": "The data are not those of",
+    "base": "The weights that are not trained are not those of",
+    "course": "The learning rate has another course, of {now} steps, than in",
+}
 
 
 def remembered(options: argparse.Namespace) -> dict[str, Any]:
@@ -54,4 +60,18 @@ def differences(folder: Path, before: dict[str, Any], options: argparse.Namespac
         else f"--{name} was {before[name]} and is {now[name]}: the run goes on, but not as it would have."
         for name in changed
         if not (name == "seed" and now[name] is None)
+    ]
+
+
+def facts_of(options: argparse.Namespace, data: str, base: str, steps: int) -> dict[str, Any]:
+    """What a checkpoint keeps to tell its run by; `data`, `base`: hashes. A constant learning rate has no course."""
+    return {"data": data, "base": base, "course": 0 if options.lr_scheduler.startswith("constant") else steps}
+
+
+def changed_facts(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A sentence for each fact that is not as it was when the checkpoint `folder` was written."""
+    return [
+        f"{begin.format(now=now[name])} {folder}: the run goes on, but not as it would have."
+        for name, begin in FACTS.items()
+        if name in before and before[name] != now[name]
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import math
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,16 +19,24 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
+from sd3.common.model_files import largest_side
 from sd3.common.model_sizes import CLIP_TOKENS
 from sd3.common.refusals import refuse
 from sd3.native import checkpoint, checkpoint_files, hub
 from sd3.native.checkpoint import Checkpoints
 from sd3.native.data import Items, Loader, Samples, Texts, names_at
+from sd3.native.flag_changes import changed_facts, facts_of
 from sd3.native.metrics import Metrics, Reading
 from sd3.native.model import Trained
 from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
@@ -40,6 +50,7 @@ from sd3.native.randomness import fresh_seed, seed_everything, seed_of
 from sd3.native.step import Batch, FlowMatching, draw
 from sd3.native.stop import Stopper, alone_in
 from sd3.native.stream import Stream
+from sd3.native.tracking import forgiven
 from sd3.native.utilization import Work, device_name, work_of
 
 logger = logging.getLogger(__name__)
@@ -47,6 +58,7 @@ logger = logging.getLogger(__name__)
 # interpreter's lock, holding the group's; whoever collects the group waits the other way round, for ever. So nothing
 # here destroys a group, Accelerator.end_training included. See `train`.
 KEPT: list[object] = []
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -60,6 +72,11 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
             return run(options, kind, accelerator)
     except UserError as error:
         return refuse(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return refuse(UserError(f"{where}{error.strerror}; free some space and resume.", 1))
 
 
 def train(kind: str) -> NoReturn:
@@ -93,7 +110,8 @@ def start_accelerator(options: argparse.Namespace) -> Accelerator:
         mixed_precision=options.mixed_precision,
         log_with=options.report_to,
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output / options.logging_dir),
-        kwargs_handlers=[distributed],
+        # While the main rank writes and checks a checkpoint of a hundred GB, the others wait.
+        kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     refuse_sharding(accelerator)
     # NpuFusedAdamW reads the gradients from one tensor of its own; as views of DDP's buckets they would leave it.
@@ -122,11 +140,14 @@ def start_accelerator(options: argparse.Namespace) -> Accelerator:
 
 
 def refuse_sharding(accelerator: Accelerator) -> None:
-    """Raise UserError where parts of the parameters lie on other ranks: no rank could encode or write by itself."""
+    """Raise UserError where parts of the parameters lie on other ranks: no rank could encode or write by itself.
+
+    DeepSpeed without ZeRO, which is DDP by another name, tells no gradient norm in float32.
+    """
     found = accelerator.distributed_type
     if found == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-        if stage in (0, 1, 2):
+        if stage in (1, 2):
             return
         found = f"DeepSpeed's ZeRO stage {stage}"
     elif found == DistributedType.NO or found.value.startswith("MULTI_"):
@@ -135,7 +156,7 @@ def refuse_sharding(accelerator: Accelerator) -> None:
         found = found.value
     raise UserError(
         f"{found} in the launch configuration is not supported by this engine; launch one process, DDP, or "
-        "DeepSpeed with ZeRO stage 0, 1 or 2."
+        "DeepSpeed with ZeRO stage 1 or 2."
     )
 
 
@@ -147,12 +168,16 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         options.pretrained_model_name_or_path, "--pretrained_model_name_or_path", options.revision, options.variant,
         cache_dir=options.cache_dir,
     )  # fmt: skip
+    if options.resolution > (most := largest_side(model_folder / "transformer", model_folder / "vae")):
+        raise UserError(f"--resolution={options.resolution} is more than the model was made for; give at most {most}.")
     repository = hub.prepare_repo(options) if accelerator.is_main_process else None
 
     resumed = checkpoint.find(options, accelerator, kind)
     done, position, seed = 0, 0, agreed_seed(options)
     if resumed:
         done, position, seed = (resumed[1][name] for name in ("step", "position", "seed"))
+        # Crops, class and validation pictures are drawn by the flag, which need not be given again.
+        options.seed = resumed[1]["flags"]["seed"]
 
     # What never changes is computed before the model to be trained is loaded.
     if options.with_prior_preservation:
@@ -171,11 +196,12 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     schedule = make_lr_schedule(options, optimizer, steps)
     model, optimizer = accelerator.prepare(trained.denoiser, optimizer)
     checkpoints = Checkpoints(options, accelerator, trained, model, optimizer, schedule)
+    facts = facts_of(options, items.signature(), trained.base(model_folder), steps)
     if resumed:
         checkpoints.load(*resumed)
         logger.info("Resuming from %s.", resumed[0])
-        if resumed[1]["data"] != items.signature():
-            logger.warning("The data are not those of %s: the run goes on, but not as it would have.", resumed[0])
+        for sentence in changed_facts(*resumed, facts):
+            logger.warning("%s", sentence)
     elif options.resume_from_checkpoint:
         logger.warning("%s holds no complete checkpoint; starting anew.", options.output_dir)
     if accelerator.is_main_process:
@@ -217,7 +243,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
             check(options, metrics.read(), items, stream, checkpoints)
         if at_checkpoint:
             with metrics.paused():
-                checkpoints.save(step, {"position": position, "seed": seed, "data": items.signature()})
+                checkpoints.save(step, {"position": position, "seed": seed, **facts})
         if signal:
             logger.warning("Stopped by signal %d after step %d; checkpoint-%d is complete.", signal, step, step)
             metrics.close()
@@ -245,8 +271,9 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
 
 def finish_trackers(accelerator: Accelerator) -> None:
     """What Accelerator.end_training does, but for destroying the process groups; see KEPT."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    with forgiven(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def agreed_seed(options: argparse.Namespace) -> int:
@@ -273,7 +300,8 @@ def optimize(
             optimizer.zero_grad()
         losses.append(loss.detach())
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        norm = model.get_global_grad_norm()
+        # After an overflow in fp16 it still has the norm of the step before.
+        norm = math.inf if optimizer.step_was_skipped else model.get_global_grad_norm()
     return torch.stack(losses).mean(), torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
 
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from sd3.native.tracking import forgiven
 from sd3.native.utilization import Work, peak_of
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Reading:
     step: int
     position: int  # of its first sample in the stream
     loss: float  # mean over its batches and all ranks
-    gradient_norm: float  # before clipping; 0 where fp16 overflowed, for then the step was skipped
+    gradient_norm: float  # before clipping; 0 where fp16 overflowed and the step was skipped
 
 
 class Metrics:
@@ -116,13 +117,14 @@ class Metrics:
 
     def _track(self, values: dict[str, float], step: int, wall_time: float) -> None:
         """Tell the trackers; TensorBoard with the time at which the step ended, not that at which it was read."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for name, value in values.items():
-                    tracker.writer.add_scalar(name, value, step, walltime=wall_time)
-                tracker.writer.flush()
-            else:
-                tracker.log(values, step=step)
+        with forgiven(self.accelerator):
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    for name, value in values.items():
+                        tracker.writer.add_scalar(name, value, step, walltime=wall_time)
+                    tracker.writer.flush()
+                else:
+                    tracker.log(values, step=step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from sd3.common.command_line import UserError
+from sd3.common.model_files import content_hash
 from sd3.native.options import block_numbers
 from sd3.native.text import ENCODERS, TextEncoders, load_encoders
 
@@ -103,6 +104,11 @@ class Trained:
         """Everything that is trained."""
         return (parameter for part in self.parts.values() for parameter in trainable(part).values())
 
+    def base(self, model: Path) -> str:
+        """Hash of the weights that stay as they are, of the pipeline directory `model`: no checkpoint holds them."""
+        stay = [name for name in ("transformer", *ENCODERS) if self.lora or name not in self.parts]
+        return f"{content_hash(model / name for name in stay)} {self.options.variant}"
+
     def names(self) -> list[str]:
         """Names of the trained parameters in the order of `parameters`."""
         return [f"{part_name}.{name}" for part_name, part in self.parts.items() for name in trainable(part)]
@@ -144,10 +150,11 @@ def add_lora(part: torch.nn.Module, options: argparse.Namespace, name: str) -> N
 def transformer_targets(options: argparse.Namespace, transformer: torch.nn.Module) -> list[str]:
     """Ends of the names of the transformer's modules that get low-rank matrices; raises as `add_lora` does."""
     layers = [one.strip() for one in options.lora_layers.split(",")] if options.lora_layers else list(LORA_TARGETS)
-    modules = [name for name, _ in transformer.named_modules()]
-    if absent := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in modules)]:
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    if absent := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in linear)]:
         raise UserError(
-            f"--lora_layers={options.lora_layers}: no block has {', '.join(absent)}; give names such as attn.to_k."
+            f"--lora_layers={options.lora_layers}: no block has a linear layer {', '.join(absent)}; give names such as "
+            "attn.to_k."
         )
     if not options.lora_blocks:
         return layers
@@ -156,7 +163,12 @@ def transformer_targets(options: argparse.Namespace, transformer: torch.nn.Modul
         raise UserError(
             f"--lora_blocks={options.lora_blocks}: the transformer has the blocks 0 to {count - 1}; name some."
         )
-    return [f"transformer_blocks.{block}.{layer}" for block in blocks for layer in layers]
+    targets = [f"transformer_blocks.{block}.{layer}" for block in blocks for layer in layers]
+    if not set(targets) & set(linear):  # the last block lacks some layers
+        raise UserError(
+            f"--lora_blocks={options.lora_blocks}: none of them has a linear layer {', '.join(layers)}; give others."
+        )
+    return targets
 
 
 def lora_weights(part: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

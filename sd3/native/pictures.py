@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
@@ -29,9 +31,12 @@ class View:
     crop: tuple[float, float] | None  # of top and left edge; None: the middle
     flip: bool = False
 
-    def key(self, resolution: int, digest: str) -> str:
-        """Identity of the square's pixels: the content's digest and what is done to it."""
-        return f"{digest} {resolution} {self.crop} {self.flip}"
+    def key(self, resolution: int, digest: str, square: bool) -> str:
+        """Identity of the square's pixels: the content's digest and what is done to it.
+
+        `square`: the picture is one, and there is but one place to cut.
+        """
+        return f"{digest} {resolution} {None if square else self.crop} {self.flip}"
 
     def pixels(self, resolution: int) -> torch.Tensor:
         """Pixels [3, resolution, resolution] from -1 to 1.
@@ -58,9 +63,18 @@ class View:
         return transforms.normalize(transforms.to_tensor(image), [0.5], [0.5])
 
 
-def digest(content: Callable[[], bytes]) -> str:
-    """The SHA-256 of a file, in hexadecimal; all views of it have the same `content`, so reading it once will do."""
-    return hashlib.sha256(content()).hexdigest()
+def identity(content: Callable[[], bytes]) -> tuple[str, bool]:
+    """The SHA-256 of a file, in hexadecimal, and whether the picture is square.
+
+    All views of it have the same `content`, so reading it once will do.
+    """
+    data = content()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            square = image.width == image.height
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        square = False  # whoever decodes it will say what is wrong
+    return hashlib.sha256(data).hexdigest(), square
 
 
 @dataclass(frozen=True)
@@ -121,12 +135,13 @@ def _folder(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes],
 
 def _dataset(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes], str]]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     name = options.dataset_name
     try:
         rows = datasets.load_dataset(name, options.dataset_config_name, cache_dir=options.cache_dir)["train"]
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--dataset_name={name} cannot be loaded ({why}); see --dataset_config_name.") from None
     columns = {
         "--image_column": options.image_column or rows.column_names[0],
@@ -142,20 +157,27 @@ def _dataset(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes]
     captions = rows[caption_column] if caption_column else [None] * len(rows)
 
     def content_of(row: int) -> Callable[[], bytes]:
-        return lambda: _bytes_of(rows[row][image_column])
+        return lambda: _bytes_of(rows[row][image_column], f"{name}, row {row}")
 
     return [
-        (f"{name}, row {row}", content_of(row), _one_text(caption) or options.instance_prompt)
+        (f"{name}, row {row}", content_of(row), _one_text(caption, f"{name}, row {row}") or options.instance_prompt)
         for row, caption in enumerate(captions)
     ]
 
 
-def _bytes_of(cell: dict[str, Any]) -> bytes:
-    return cell["bytes"] or Path(cell["path"]).read_bytes()
+def _bytes_of(cell: dict[str, Any] | None, row: str) -> bytes:
+    if cell is None:
+        raise UserError(f"{row} has no picture; mend or remove the row.")
+    try:
+        return cell["bytes"] or Path(cell["path"]).read_bytes()
+    except OSError as error:
+        raise UserError(f"{row}: {cell['path']} cannot be read ({error.strerror}); mend or remove the row.") from None
 
 
-def _one_text(caption: str | list[str] | None) -> str | None:
+def _one_text(caption: object, row: str) -> str | None:
     """A caption, or the first of several; what is blank counts as none."""
     if isinstance(caption, list):
         caption = caption[0] if caption else None
+    if not isinstance(caption, str | None):
+        raise UserError(f"{row} has the caption {caption!r}, expected text; see --caption_column.")
     return caption if caption and caption.strip() else None

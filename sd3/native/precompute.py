@@ -18,10 +18,11 @@ from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
+from sd3.common.command_line import UserError
 from sd3.common.model_files import content_hash
 from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
 from sd3.native.cache import Cache, Shapes, Tensors, compute_missing
-from sd3.native.pictures import View, digest
+from sd3.native.pictures import View, identity
 from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
 
 logger = logging.getLogger(__name__)
@@ -49,17 +50,14 @@ class Precompute:
 
         They are as the VAE gives them, not yet shifted and scaled.
         """
-        digests = {content: digest(content) for content in dict.fromkeys(view.content for view in views)}
-        names = [view.key(self.options.resolution, digests[view.content]) for view in views]
-        distinct = dict(zip(names, views, strict=True))  # a picture that is repeated is encoded once
-        vae_hash = content_hash([self.model / "vae"])
-
-        def keys_at(dtype: torch.dtype) -> dict[str, str]:
-            return {name: Cache.key(what="latents 1", view=name, vae=vae_hash, dtype=str(dtype)) for name in distinct}
-
-        dtype = self._vae_dtype(keys_at, list(distinct.values()))
-        keys = keys_at(dtype)
+        known = {content: identity(content) for content in dict.fromkeys(view.content for view in views)}
+        names = [view.key(self.options.resolution, *known[view.content]) for view in views]
+        distinct = dict(zip(names, views, strict=True))  # the same square is encoded once
         to_encode = list(distinct.values())
+        vae_facts = {"vae": content_hash([self.model / "vae"]), "variant": self.options.variant}
+        tried = Cache.key(what="vae in float16 1", views=list(distinct)[:PICTURES_A_BATCH], **vae_facts)
+        dtype = self._vae_dtype(tried, to_encode)
+        keys = {name: Cache.key(what="latents 2", view=name, dtype=str(dtype), **vae_facts) for name in distinct}
         vae: AutoencoderKL | None = None
 
         def compute(places: list[int]) -> list[Tensors]:
@@ -67,15 +65,16 @@ class Precompute:
             if vae is None:
                 vae = self._load_vae(dtype)
             mean, logvar = encode(vae, self._pixels([to_encode[place] for place in places]))
+            self._check_finite(mean, logvar, [to_encode[place] for place in places], dtype)
             return [{"mean": mean[i], "logvar": logvar[i]} for i in range(len(places))]
 
         self._fill("Encoding pictures", list(keys.values()), self._latent_shapes(), compute, PICTURES_A_BATCH)
         return [keys[name] for name in names]
 
-    def _vae_dtype(self, keys_at: Callable[[torch.dtype], dict[str, str]], views: Sequence[View]) -> torch.dtype:
-        """What was asked for; where that is `auto`, float16 if it has been or is found to be good enough.
+    def _vae_dtype(self, tried: str, views: Sequence[View]) -> torch.dtype:
+        """What was asked for; where that is `auto`, float16 if it is found to be good enough, tried on the first views.
 
-        The main rank finds out for all.
+        The main rank finds out for all, once: the cache keeps the error under the key `tried`.
         """
         asked = self.options.vae_precision
         if asked != "auto":
@@ -84,12 +83,20 @@ class Precompute:
             return torch.float32
         chosen: torch.dtype | None = None
         if self.accelerator.is_main_process:
-            chosen = next(
-                (dtype for dtype in (torch.float16, torch.float32) if self._holds(list(keys_at(dtype).values()))), None
-            )
-            if chosen is None:
-                chosen = half_if_negligible(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
+            if not self.cache.holds(tried, {"error": ()}):
+                error = error_in_half(self._load_vae(torch.float32), self._pixels(views[:PICTURES_A_BATCH]))
+                self.cache.write(tried, {"error": error})
+            chosen = half_if_negligible(self.cache.read(tried)["error"].item())
         return broadcast_object_list([chosen])[0]
+
+    def _check_finite(
+        self, mean: torch.Tensor, logvar: torch.Tensor, views: Sequence[View], dtype: torch.dtype
+    ) -> None:
+        finite = (mean.isfinite() & logvar.isfinite()).flatten(1).all(1).tolist()
+        if not all(finite):
+            name, precision = views[finite.index(False)].name, str(dtype).removeprefix("torch.")
+            advice = "look at it" if dtype == torch.float32 else "give --vae_precision=fp32"
+            raise UserError(f"The VAE in {precision} makes no numbers of {name}; {advice}.")
 
     def _pixels(self, views: Sequence[View]) -> torch.Tensor:
         return torch.stack([view.pixels(self.options.resolution) for view in views])
@@ -102,7 +109,10 @@ class Precompute:
         """Keys of the captions' embeds: `prompt` [77 + t5_tokens, D] and `pooled` [P], of the encoders in `dtype`."""
         parts = content_hash(self.model / name for name in (*ENCODERS, *TOKENIZERS))
         keys = [
-            Cache.key(what="prompt 1", caption=caption, t5_tokens=t5_tokens, parts=parts, dtype=str(dtype))
+            Cache.key(
+                what="prompt 2", caption=caption, t5_tokens=t5_tokens, parts=parts, variant=self.options.variant,
+                dtype=str(dtype),
+            )
             for caption in captions
         ]
         tokenizers = Tokenizers(self.model, t5_tokens)
@@ -125,9 +135,6 @@ class Precompute:
         self._fill("Encoding captions", keys, shapes, compute, CAPTIONS_A_BATCH)
         return keys
 
-    def _holds(self, keys: Sequence[str]) -> bool:
-        return all(self.cache.holds(key, self._latent_shapes()) for key in keys)
-
     def _latent_shapes(self) -> Shapes:
         side = self.options.resolution // VAE_STRIDE
         return dict.fromkeys(("mean", "logvar"), (None, side, side))
@@ -138,11 +145,12 @@ class Precompute:
     ) -> None:  # fmt: skip
         """Compute this rank's share of what is missing, and wait for the other ranks'."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        with tqdm(total=len(keys), desc=what, disable=not self.accelerator.is_local_main_process, leave=False) as bar:
+        share = sum(place // chunk_size % ranks == rank for place in range(len(keys)))
+        with tqdm(total=share, desc=what, disable=not self.accelerator.is_local_main_process, leave=False) as bar:
             written = compute_missing(
                 self.cache, keys, shapes, compute, chunk_size, lambda chunk: chunk % ranks == rank, bar.update
             )
-        logger.info("%s: %d of %d computed by this rank, the others were there.", what, written, len(keys))
+        logger.info("%s: %d of %d computed by this rank.", what, written, len(keys))
         self.accelerator.wait_for_everyone()
 
 
@@ -154,11 +162,19 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
     return distribution.mean.float(), distribution.logvar.float()
 
 
-def half_if_negligible(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.dtype:
-    """float16 where the means it gives differ from those of `vae`, in float32, by no more than NEGLIGIBLE."""
+def error_in_half(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """How far the means of `vae` in float16 are from those in float32, relative to their root mean square.
+
+    A scalar, the largest there is where they are no numbers.
+    """
     exact, _ = encode(vae, pixels)
     half, _ = encode(copy.deepcopy(vae).to(dtype=torch.float16), pixels)
-    error = ((half - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    error = (half - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    return error.nan_to_num(nan=torch.finfo(error.dtype).max)
+
+
+def half_if_negligible(error: float) -> torch.dtype:
+    """float16 where that is what half precision does to the means and no more than NEGLIGIBLE."""
     dtype = torch.float16 if error <= NEGLIGIBLE else torch.float32
     logger.info(
         "VAE in float16: relative error %.1e, limit %.1e; pictures are encoded in %s.", error, NEGLIGIBLE, dtype

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sd3.native.tracking import forgiven
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import StableDiffusion3Pipeline
@@ -52,8 +54,9 @@ def validate(
             count = options.num_validation_images
             pictures = [pipeline(**prompt_arguments, generator=generator).images[0] for _ in range(count)]
         if pictures and accelerator.is_main_process:
-            for tracker in accelerator.trackers:
-                _show(tracker, phase, pictures, step_or_epoch, options.validation_prompt)
+            with forgiven(accelerator):
+                for tracker in accelerator.trackers:
+                    _show(tracker, phase, pictures, step_or_epoch, options.validation_prompt)
     return pictures
 
 

@@ -42,7 +42,7 @@ _INK = (25, 20, 30)
 _HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.48, 0.1, 0.19, 0.09, 0.25, 0.065
 _PLUMP = 0.56  # plumper than the world's stars, so that there is room for stripes
 _AREA = 5 * 1.1**2 * _PLUMP * math.sin(math.pi / 5)  # of a star of radius 1
-_UNLIKE = 48.0  # distance in RGB from the background, from which a pixel is not it
+_UNLIKE = 26.0  # distance in RGB from the background, from which a pixel is not it
 
 # What the search tries around the best pose: right, down, growth, turn.
 _NUDGES = [
@@ -164,14 +164,18 @@ def _correlation(ideal: NDArray[np.float32], seen: NDArray[np.float32]) -> float
     return max(0.0, float((ideal * seen).mean()) / spread)
 
 
-def _likeness(pixels: Pixels, figure: NDArray[np.bool_], pose: Pose) -> float:
-    """The overlap of the outlines, times the correlation of the stripes or that of the face, the lower of the two."""
+def _likeness(pixels: Pixels, figure: NDArray[np.bool_], pose: Pose) -> tuple[float, float]:
+    """The overlap of the outlines, times the correlation of all inside; and times that of stripes or face, the lower.
+
+    The first guides the search for the pose, the second is the score.
+    """
     x, y = coordinates(pose.x, pose.y, pose.angle)
     signed, head = SUBJECT.outline(x, y, pose.radius), np.hypot(x, y) - _HEAD * pose.radius
-    outline, striped, face = signed < 0, (signed < -1) & (head > 1), head < -1
-    overlap = (figure & outline).sum() / (figure | outline).sum()
+    outline, inner = signed < 0, signed < -1
+    overlap = float((figure & outline).sum() / (figure | outline).sum())
     ideal = draw_figure(np.zeros_like(pixels), pose)
-    return float(overlap) * min(_correlation(ideal[part], pixels[part]) for part in (striped, face))
+    whole, *parts = (_correlation(ideal[m], pixels[m]) for m in (inner, inner & (head > 1), inner & (head < -1)))
+    return overlap * whole, overlap * min(parts)
 
 
 def subject_score(image: Image.Image) -> float:
@@ -186,16 +190,13 @@ def subject_score(image: Image.Image) -> float:
         return 0.0
     figure = _filled(max(found, key=lambda mask: int(mask.sum())))
     rows, columns = np.nonzero(figure)
-    first = Pose(columns.mean() + 0.5, rows.mean() + 0.5, math.sqrt(figure.sum() / _AREA), 0.0)
-    turned = [first._replace(angle=angle) for angle in np.arange(-0.7, 0.71, 0.1)]
-    best, score = first, 0.0
-    for candidates in (turned, None, None):
-        if candidates is None:
-            candidates = [
-                best._replace(x=best.x + dx, y=best.y + dy, radius=best.radius * growth, angle=best.angle + turn)
-                for dx, dy, growth, turn in _NUDGES
-            ]
-        for pose in candidates:
-            if (one := _likeness(pixels, figure, pose)) > score:
-                best, score = pose, one
-    return score
+    best = Pose(columns.mean() + 0.5, rows.mean() + 0.5, math.sqrt(figure.sum() / _AREA), 0.0)
+    candidates = [best._replace(angle=angle) for angle in np.arange(-0.7, 0.71, 0.1)]
+    for _ in range(3):
+        likeness = {pose: _likeness(pixels, figure, pose) for pose in candidates}
+        best = max(likeness, key=lambda pose: likeness[pose][0])
+        candidates = [
+            best._replace(x=best.x + dx, y=best.y + dy, radius=best.radius * growth, angle=best.angle + turn)
+            for dx, dy, growth, turn in _NUDGES
+        ]
+    return max(score for _, score in likeness.values())
