@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import math
 import sys
 import types
 from pathlib import Path
@@ -18,9 +20,10 @@ from diffusers.optimization import get_scheduler
 from native_parts import options
 from native_runs import finished, forked, forked_ranks, log_of, scalars
 from sd3.common.command_line import UserError
-from sd3.native.loop import refuse_sharding, start_accelerator
+from sd3.native.loop import optimize, refuse_sharding, start_accelerator
 from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
 from sd3.native.options import LR_SCHEDULERS, parse
+from sd3.native.step import Batch
 
 LOGGER = logging.getLogger("test_native_optimizer")
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 1e-4, "eps": 1e-8}
@@ -198,6 +201,22 @@ def test_a_step_that_was_skipped_is_none_of_the_schedules(tiny_model: Path, dog_
     run = ("lora", output, tiny_model, [f"--instance_data_dir={dog_dir}"], "--max_train_steps=5", "--rank=2")
     assert finished(forked(*run, "--lr_scheduler=linear", before=SkippedAt(2))) == 0
     assert list(scalars(output, "lr").values()) == pytest.approx([1e-3, 8e-4, 8e-4, 6e-4, 4e-4])
+
+
+@pytest.mark.parametrize(("skipped", "norm"), [(False, 2.0), (True, math.inf)])
+def test_a_deepspeed_overflow_is_no_norm_of_the_step_before(skipped: bool, norm: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    accelerator = types.SimpleNamespace(
+        accumulate=lambda model: contextlib.nullcontext(), backward=torch.Tensor.backward, sync_gradients=True,
+        distributed_type=DistributedType.DEEPSPEED,
+    )  # fmt: skip
+    optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=lambda: None, step_was_skipped=skipped)
+    model = types.SimpleNamespace(get_global_grad_norm=lambda: 2.0)
+    flow = types.SimpleNamespace(timesteps=range(1000), loss=lambda *_: weight.sum())
+    text = (torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    batch = Batch(torch.zeros(1, 16, 2, 2), torch.zeros(1, 16, 2, 2), text, [0])
+    loss, found = optimize(options(), 0, accelerator, model, optimizer, flow, iter([batch]))
+    assert (loss.item(), found.item()) == (1.0, norm)
 
 
 def test_scaled_learning_rate() -> None:
