@@ -16,6 +16,7 @@ from sd3.common.synthetic_data import make_subject
 from sd3.common.tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from sd3.quickstart.figures import SEEN
 from sd3.tiny_world import grammar
+from sd3.tiny_world.album import WORDS
 from sd3.tiny_world.classifier import read, right, whole_position
 from sd3.tiny_world.grammar import COLOURS, RARE_COLOURS, RARE_POSITIONS, SHAPES, Scene, draw_scene
 from sd3.tiny_world.render import SIZE, render, to_image
@@ -53,7 +54,7 @@ def test_no_caption_is_longer_than_the_tokenizers_take(tokenizers) -> None:
         in_place = {word: word if word.isalnum() else f"a{word}" for word in grammar.words()}
         assert not [word for word, text in in_place.items() if len(tokenizer.tokenize(text)) != 1 + (text != word)]
         around = len(tokenizer("").input_ids)
-        assert longest + around <= 77
+        assert longest + around <= WORDS
         for caption, words in list(zip(captions, pieces, strict=True))[::3779]:
             assert len(tokenizer(caption).input_ids) == len(words) + around, caption
             assert tokenizer.unk_token_id not in tokenizer(caption).input_ids[:-1]

@@ -18,6 +18,8 @@ from PIL import Image
 
 from launching import DDP, LORA, PROJECT, environment
 from patching import free_port
+from prepared import PREPARED
+from sd3.common.files import write_text
 from sd3.common.pictures import pictures_in
 from sd3.common.synthetic_data import make_subject
 from sd3.quickstart.figures import world_figures
@@ -149,6 +151,29 @@ def test_the_evaluation_ranks_the_tuned_model_above_its_base(
     base, tuned = evaluated(tmp_path / "evaluation", subject, before, taught("full", "native"))
     assert tuned["dino"] > base["dino"] + 0.2, (base, tuned)
     assert tuned["clip-i"] > base["clip-i"] + 0.1, (base, tuned)
+
+
+@pytest.mark.long
+@pytest.mark.upstream
+def test_the_evaluation_ranks_every_way_of_tuning_above_the_base(
+    upstream_checkout: Path, before: Model, taught: Callable[..., Model], subject: Path, tmp_path: Path
+) -> None:
+    """And build/tests/dreambooth.md has the README's table."""
+    ways = [(kind, engine) for kind in ("full", "lora") for engine in ("native", "diffusers")]
+    models = {"before": before, **{", ".join(way): taught(*way) for way in ways}}
+    models["full, native, rate 1e-3"] = taught("full", "native", rate="1e-3")
+    models["full, native, prior"] = taught("full", "native", *PRIOR)
+    found = evaluated(tmp_path / "evaluation", subject, *models.values())
+    rows = [
+        f"| {name} | {one.subject * 12:.0f} | {one.place * 12:.0f} | {one.others * 12:.0f} | "
+        + " | ".join(f"{means[metric]:.3f}" for metric in ("clip-t", "clip-i", "dino"))
+        for (name, one), means in zip(models.items(), found, strict=True)
+    ]
+    write_text(PREPARED / "dreambooth.md", "\n".join(rows) + "\n")
+    base, *tuned = found
+    for name, means in zip(list(models)[1:], tuned, strict=True):
+        assert means["dino"] > base["dino"] + 0.2, (name, found)
+        assert means["clip-i"] > base["clip-i"] + 0.1, (name, found)
 
 
 @pytest.mark.long

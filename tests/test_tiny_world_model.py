@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,7 +114,7 @@ def test_the_measure_names_a_directory_that_is_none(tmp_path: Path, capsys: pyte
     assert measure.main(["--model", str(tmp_path)]) == 2
     assert "holds no model_index.json" in capsys.readouterr().err
     assert measure.main(["--captions=0"]) == 2
-    assert "--captions=0" in capsys.readouterr().err
+    assert "--captions: 0 is not a positive number" in capsys.readouterr().err
 
 
 def test_the_measure_prints_a_table_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,3 +122,39 @@ def test_the_measure_prints_a_table_and_a_sheet(tmp_path: Path, capsys: pytest.C
     assert "shape" in capsys.readouterr().out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (12 * 66, 66)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--t5-tokens=600", "--t5-tokens=600 is more than the pipeline takes; give at most 512."),
+        ("--sheet=held_out.pgn", "--sheet=held_out.pgn is no name of a PNG file; give one that ends in .png."),
+        ("--seed=20261126123456", "argument --seed: 20261126123456 is no seed from 0 to 4294967295; see --help."),
+    ],
+)
+def test_what_measuring_cannot_do_is_said_before_it_paints(
+    flag: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_pipeline", lambda _: pytest.fail("it begins to work"))
+    assert measure.main([flag]) == 2
+    assert capsys.readouterr().err == f"{says}\n"
+
+
+def test_the_sheet_may_go_to_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "paint", lambda *_: [Image.new("RGB", (64, 64))])
+    monkeypatch.setattr(measure, "load_pipeline", lambda _: None)
+    assert measure.main(["--captions=1", f"--sheet={tmp_path / 'new' / 'sheet.png'}"]) == 0
+    assert (tmp_path / "new" / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "module", ["tiny_world.measure", "tiny_world.train", "tiny_world.train_judge", "common.tiny_sd3"]
+)
+def test_without_its_packages_a_command_says_where_they_are_to_be_had(module: str) -> None:
+    """-S: a Python without site-packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", f"sd3.{module}", "--help"], cwd=MODEL.parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "lacks torch, diffusers" in done.stderr and "setup_env.sh" in done.stderr
+    assert "Traceback" not in done.stderr

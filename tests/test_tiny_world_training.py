@@ -245,7 +245,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--steps=0"], "0 is not a positive number"), (["--seed=x"], "invalid int value"), (["--speed"], "--speed")],
+    [(["--steps=0"], "0 is not a positive number"), (["--seed=x"], "invalid seed value"), (["--speed"], "--speed")],
 )
 def test_bad_numbers_are_refused(tmp_path: Path, arguments: list[str], said: str, capsys) -> None:
     assert train.main(["--output", str(tmp_path / "out"), *arguments]) == 2

@@ -44,6 +44,19 @@ def positive(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """The number of a --seed: 0 to 4294967295, so that seeds made of it fit torch's 64 bits.
+
+    Raises:
+        ValueError: it is no number, which argparse tells.
+        argparse.ArgumentTypeError: it is another.
+    """
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is no seed from 0 to {2**32 - 1}")
+    return number
+
+
 def status_of(work: Callable[[], None]) -> int:
     """Do what a command is for; returns its exit status, and says on standard error why it is not 0.
 

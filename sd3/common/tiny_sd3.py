@@ -96,4 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from sd3.common import venv
+
+    venv.ensure(["torch", "diffusers"])
     sys.exit(main())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3.common import pages
-from sd3.common.command_line import Parser, UserError
+from sd3.common.command_line import Parser, UserError, status_of
 from sd3.common.files import write_text
 from sd3.common.pictures import picture_files, pictures_in
 from sd3.evaluation.names import TITLES
@@ -145,8 +145,8 @@ def build(
     )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def write(arguments: Sequence[str] | None) -> None:
+    """What the command line asks for; raises UserError and OSError."""
     parser: argparse.ArgumentParser = Parser(description="Write the quick start's page.")
     add = parser.add_argument
     add("--subject-dir", type=Path, required=True, metavar="DIR", help="the pictures that were trained on")
@@ -155,15 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--evaluation", type=Path, required=True, metavar="DIR", help="output of sd3/evaluate_sd3.py for them")
     add("--commands", type=Path, required=True, metavar="FILE", help="the commands that were run, one a line")
     add("--output", type=Path, required=True, metavar="FILE", help="the page")
-    try:
-        options = parser.parse_args(arguments)
-        folders, runs = _named(options.pictures, "--pictures"), _named(options.run, "--run")
-        page = build(options.subject_dir, folders, runs, options.evaluation, options.commands)
-        write_text(options.output, page)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    return 0
+    options = parser.parse_args(arguments)
+    folders, runs = _named(options.pictures, "--pictures"), _named(options.run, "--run")
+    write_text(options.output, build(options.subject_dir, folders, runs, options.evaluation, options.commands))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return status_of(lambda: write(arguments))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def make_album(
         rng = random.Random(f"album {seed} {number * 1_000_000 + chunk}")
         scenes = [draw_scene(rng, hidden=hidden) for _ in range(_CHUNK)]
         captions = [_caption(rng, caption_of(forget(scene, rng), rng)) for scene in scenes]
+        if (longest := reader.longest(captions)) > WORDS:  # else words would be thinned out as padding
+            raise ValueError(f"a caption has {longest} tokens, and an album keeps {WORDS}.")
         latents = vae.encode(as_tensor([render(scene, rng) for scene in scenes])).latent_dist.mean
         embeds, pooled = reader(captions, draw_length(rng))
         clip, t5 = (_thinned(one, rng) for one in (embeds[:, :CLIP_TOKENS], embeds[:, CLIP_TOKENS:]))

@@ -27,8 +27,8 @@ SIZES = ("small", "large")
 POSITIONS = ("left", "right", "top", "bottom", "centre")
 COUNTS = ("one", "two", "three")
 
-# Of scenes with these pairs, half are held out (Scene.is_held_out). The autoencoder, the text encoders and the first
-# cycles of the painter do not see even the other half.
+# Of scenes with these pairs, half are held out (Scene.is_held_out) of all that has captions. The text encoders and the
+# first cycles of the painter do not see even the other half.
 RARE_COLOURS = frozenset(
     {("red", "triangle"), ("blue", "star"), ("green", "ring"), ("yellow", "cross"), ("purple", "circle"),
      ("orange", "square")}
@@ -149,7 +149,7 @@ def caption_of(scene: Scene, rng: random.Random) -> str:
 
 
 def all_captions() -> Iterator[str]:
-    """Every caption that the grammar can say, held-out ones included; about 200 000."""
+    """Every caption that the grammar can say, held-out ones included; 378 000."""
 
     def open_or(values: tuple[str, ...]) -> tuple[str | None, ...]:
         return (None, *values)

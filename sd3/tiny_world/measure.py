@@ -8,6 +8,7 @@ Each held-out caption has a combination that training never showed; the others a
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +19,15 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sd3.common.command_line import Parser, UserError
+from sd3.common.command_line import Parser, UserError, positive, seed, status_of
+from sd3.common.files import new_file
 from sd3.tiny_world.classifier import right
 from sd3.tiny_world.grammar import ATTRIBUTES, Scene, held_out_captions, seen_captions
 from sd3.tiny_world.render import SIZE
 
 MODEL = Path(__file__).resolve().parent / "model"
 STEPS, GUIDANCE = 24, 4.0
+T5_MOST = 512  # the pipeline's limit of max_sequence_length
 PAIRS = {"held-out": held_out_captions, "seen": seen_captions}
 _BATCH = 16
 _COLUMNS = 12
@@ -75,31 +78,46 @@ def sheet(pictures: Sequence[Image.Image], columns: int = _COLUMNS, scale: int =
     return whole
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options.
+
+    Raises:
+        UserError: one of them cannot be followed.
+    """
     parser = Parser(description="Say what share of captions a pipeline paints right.")
     parser.add_argument("--model", type=Path, default=MODEL, help="pipeline directory (default: the one that ships)")
     parser.add_argument("--pairs", choices=PAIRS, default="held-out", help="captions to paint (default held-out)")
-    parser.add_argument("--captions", type=int, default=200, help="how many (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of captions and pictures (default 0)")
-    parser.add_argument("--t5-tokens", type=int, default=256, help="T5's padded length (default 256)")
+    parser.add_argument("--captions", type=positive, default=200, help="how many (default 200)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of captions and pictures (default 0)")
+    parser.add_argument("--t5-tokens", type=positive, default=256, help="T5's padded length (default 256)")
     parser.add_argument("--sheet", type=Path, help="PNG file for the first 48 pictures")
-    try:
-        options = parser.parse_args(arguments)
-        if not (options.model / "model_index.json").is_file():
-            raise UserError(f"--model={options.model} holds no model_index.json; give a pipeline directory.")
-        if options.captions < 1:
-            raise UserError(f"--captions={options.captions} is not a positive number; ask for one or more.")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.status
+    options = parser.parse_args(arguments)
+    if not (options.model / "model_index.json").is_file():
+        raise UserError(f"--model={options.model} holds no model_index.json; give a pipeline directory.")
+    if options.t5_tokens > T5_MOST:
+        raise UserError(f"--t5-tokens={options.t5_tokens} is more than the pipeline takes; give at most {T5_MOST}.")
+    if options.sheet:
+        if options.sheet.suffix.lower() != ".png":
+            raise UserError(f"--sheet={options.sheet} is no name of a PNG file; give one that ends in .png.")
+        options.sheet.parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def measure(arguments: list[str] | None) -> None:
+    """What the command line asks for; raises UserError and OSError."""
+    options = options_of(arguments)
     captions, told = zip(*PAIRS[options.pairs](options.captions, options.seed), strict=True)
     pictures = paint(load_pipeline(options.model), captions, options.seed, options.t5_tokens)
     for name, share in shares(pictures, told).items():
         print(f"{name:<12}{share:7.1%}")
     if options.sheet:
-        sheet(pictures[:48]).save(options.sheet)
-    return 0
+        with new_file(options.sheet) as aside:
+            sheet(pictures[:48]).save(aside, format="PNG")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return status_of(lambda: measure(arguments))
 
 
 if __name__ == "__main__":

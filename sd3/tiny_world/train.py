@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from sd3.common.command_line import Parser, UserError, positive, status_of
+from sd3.common.command_line import Parser, UserError, positive, seed, status_of
 from sd3.common.files import new_directory, write_text
 from sd3.common.tiny_sd3 import write_frame
 from sd3.tiny_world import album, autoencoder, painter, reader
@@ -140,7 +140,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Train the tiny SD3 from nothing, on the CPU.")
     parser.add_argument("--output", type=Path, required=True, help="pipeline directory to make")
     parser.add_argument("--work", type=Path, help="directory for what is half made (default: OUTPUT with .work)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything (default 0)")
     tables = {
         "autoencoder-steps": ("the autoencoder's phases", [phase.steps for phase in autoencoder.PHASES]),
         "steps": ("the painter's cycles", [cycle.steps for cycle in painter.CYCLES]),
@@ -166,6 +166,8 @@ def make(arguments: list[str] | None) -> None:
     """What the command line asks for; raises UserError and OSError."""
     started = time.monotonic()
     options = options_of(arguments)
+    if not options.output.name:
+        raise UserError(f"--output={options.output} exists; name a new directory.")
     work = options.work or options.output.with_name(options.output.name + ".work")
     if options.output.exists():
         raise UserError(f"--output={options.output} exists; name a new directory.")
