@@ -69,7 +69,7 @@ def test_when_the_precompute_has_paid() -> None:
 
 
 def measured(seconds: float, peak: int, precompute: float = 0.0) -> dict:
-    return {"seconds": seconds, "peak_bytes": peak, "precompute_seconds": precompute, "threads": 1}
+    return {"seconds": seconds, "peak_bytes": peak, "precompute_seconds": precompute, "threads": 1, "device": "CPU"}
 
 
 RUNS = {
@@ -112,6 +112,20 @@ def test_the_goal_of_the_proportional_model_is_the_cpus() -> None:
     good["case"]["device"] = "cuda"
     assert "goal" not in as_table(good)
     assert "CPU time" not in as_table(good)
+
+
+def test_utilization_is_of_what_a_step_needs_and_computes() -> None:
+    """By hand: SD3 medium at 1024 in full, 4 pictures in 1.6 s: 3 x 8.4374 TFLOP each, 4 x with checkpointing."""
+    one = case(kind="full", resolution=1024, checkpointing=True, device="cuda", steps=5)
+    runs = {name: [{**run, "device": "NVIDIA H100 80GB HBM3"} for run in found] for name, found in RUNS.items()}
+    found = figures(MEDIUM, one, runs)["utilization"]
+    assert found["native"]["model"] == pytest.approx(4 * 3 * 8.4374 / 1.6 / 989, rel=1e-3)
+    assert found["native"]["hardware"] == pytest.approx(4 * 4 * 8.4374 / 1.6 / 989, rel=1e-3)
+    assert found["upstream"]["hardware"] == pytest.approx(4 * (4 * 8.4374 + 4.8826 + 0.8266) / 2.2 / 989, rel=1e-3)
+    table = as_table({"model": "sd3-medium", "case": dataclasses.asdict(one), "runs": runs,
+                      "figures": figures(MEDIUM, one, runs)})  # fmt: skip
+    assert "Of the peak of NVIDIA H100 80GB HBM3, needed and computed: upstream 4.7% and 7.3%, native 6.4% and" in table
+    assert figures(MEDIUM, case(), RUNS)["utilization"] is None
 
 
 def test_a_precompute_that_never_pays_is_said_to() -> None:

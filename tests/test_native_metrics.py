@@ -22,7 +22,7 @@ from sd3.native import metrics as metrics_module
 from sd3.native.loop import work
 from sd3.native.metrics import Metrics, Reading
 from sd3.native.profile import WARM_UP, Profile
-from sd3.native.utilization import Work, device_name, peak_of, work_of
+from sd3.native.utilization import device_name, peak_of, work_of
 
 TEXT_TOKENS = 154
 
@@ -38,19 +38,12 @@ def medium() -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "lora", "recomputed", "model", "again"),
-    [
-        (1024, False, 1.0, 25.3e12, 8.4e12),
-        (1024, True, 0.5, 16.9e12, 4.2e12),
-        (512, False, 1.0, 5.4e12, 1.8e12),
-    ],
+    ("resolution", "lora", "expected"), [(1024, False, 25.3e12), (1024, True, 16.9e12), (512, False, 5.4e12)]
 )
 def test_sd3_medium_costs_what_was_counted_by_hand(
-    medium: dict[str, object], resolution: int, lora: bool, recomputed: float, model: float, again: float
+    medium: dict[str, object], resolution: int, lora: bool, expected: float
 ) -> None:
-    found = work_of(medium, resolution, TEXT_TOKENS, lora, recomputed)
-    assert found.model == pytest.approx(model, rel=0.01)
-    assert found.hardware - found.model == pytest.approx(again, rel=0.02)
+    assert work_of(medium, resolution, TEXT_TOKENS, lora) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("flags", [(), ("--with_prior_preservation", "--class_data_dir=c", "--class_prompt=a thing")])
@@ -59,9 +52,7 @@ def test_a_sample_costs_what_its_pictures_do(flags: tuple[str, ...]) -> None:
         transformer = make_transformer(SIZES["tiny"])
     trained = types.SimpleNamespace(parts={"transformer": transformer}, lora=True)
     found = work(options("--resolution=64", "--gradient_checkpointing", *flags), trained)
-    one = work_of(dict(transformer.config), 64, TEXT_TOKENS, True, 1.0)
-    pictures = 2 if flags else 1
-    assert (found.model, found.hardware) == (pictures * one.model, pictures * one.hardware)
+    assert found == (2 if flags else 1) * work_of(dict(transformer.config), 64, TEXT_TOKENS, True)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +145,7 @@ class Accelerator(types.SimpleNamespace):
 
 def made(device: str, first: int = 0) -> tuple[Metrics, Board, OtherTracker]:
     trackers = Board(), OtherTracker()
-    cost = Work(model=39e12, hardware=52e12)
+    cost = 39e12
     return Metrics(Accelerator(trackers=list(trackers)), 8, cost, device, first, 10), *trackers
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sd3.common.command_line import UserError
+from sd3.common.command_line import Parser, UserError
 from sd3.common.memory import GIVE_BACK
-from sd3.common.paired import Variant, back_and_forth, measure, ratios, shown
+from sd3.common.paired import Variant, add_options, back_and_forth, measure, ratios, run_benchmark, shown
 
 CHILD = """
 import json, os, sys
@@ -86,6 +86,18 @@ def test_a_run_that_fails_is_named_with_its_last_words(script: Path) -> None:
     with pytest.raises(UserError, match="the run 'one' failed: it broke") as raised:
         measure(script, {"one": Variant("a", Case(1, fails=True))}, pairs=1)
     assert raised.value.status == 1
+
+
+@pytest.mark.parametrize(("name", "says"), [(".", "cannot be written"), ("file/figures.json", "its folder cannot be")])
+def test_an_output_that_cannot_be_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    (tmp_path / "file").touch()
+    parser = Parser()
+    add_options(parser)
+    asked = [f"--output={tmp_path / name}"]
+    assert run_benchmark(parser, asked, pytest.fail, lambda _: pytest.fail("it measures"), str) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("environment", "least", "most"), [(GIVE_BACK, 190e6, 300e6), ({}, 0, 10e6)])

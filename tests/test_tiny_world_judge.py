@@ -197,4 +197,5 @@ def test_an_output_that_is_there_is_refused(tmp_path: Path, capsys: pytest.Captu
 def test_a_short_training_learns(tmp_path: Path) -> None:
     losses = train_judge.train(tmp_path / "judge", 1, {"clip": 100, "vit": 100})
     for name, found in losses.items():
-        assert np.mean(found[-10:]) < 0.75 * np.mean(found[:10]), name
+        # On one CPU the ratio for CLIP was below 0.75, on another 0.77; without learning it is 1.
+        assert np.mean(found[-10:]) < 0.85 * np.mean(found[:10]), name

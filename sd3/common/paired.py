@@ -56,6 +56,8 @@ def run_benchmark(
                 measured = one_run(json.load(sys.stdin), options.one, Path(folder))
             print(json.dumps(asdict(measured)))
             return 0
+        if options.output:
+            _check_output(options.output)  # before hours of measuring
         found = compare(options)
         print(as_table(found))
         if options.output:
@@ -64,6 +66,16 @@ def run_benchmark(
     except UserError as error:
         print(error, file=sys.stderr)
         return error.status
+
+
+def _check_output(file: Path) -> None:
+    """Raise UserError where the figures could not be written to the file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={file}: its folder cannot be made ({error.strerror}); name another.") from None
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--output={file} cannot be written; name a file in a folder that you may write.")
 
 
 def back_and_forth(names: Sequence[str], pairs: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from sd3.common import flops, paired
 from sd3.common.model_sizes import CLIP_TOKENS, ModelSize
 from sd3.native.benchmark_run import Case
+from sd3.native.utilization import peak_of
 
 T5_TOKENS = 77  # of both engines' --max_sequence_length
 GOAL = 0.95  # of the bound, for a proportional model on a CPU
@@ -44,6 +45,28 @@ def pays_after(precompute_seconds: float, upstream_step: float, native_step: flo
     return math.ceil(precompute_seconds / saved) if saved > 0 else None
 
 
+def utilization(
+    case: Case, parts: Mapping[str, int], step: Mapping[str, float], device: str
+) -> dict[str, dict[str, float]] | None:
+    """By engine what a step needs and what it computes, over what the device could at its peak; None where that is not
+    known.
+
+    `model`: forward and backward of the transformer; `hardware`: with what is computed again under gradient
+    checkpointing, and upstream with VAE and text encoders.
+    """
+    peak = peak_of(device)
+    if peak is None:
+        return None
+    passes = 2 if case.kind == "lora" else 3
+    needed = parts["transformer"] * passes / (passes + case.checkpointing)
+    computed = {"upstream": sum(parts.values()), "native": parts["transformer"]}
+    return {
+        name: {what: case.batch_size * count / step[name] / peak for what, count in
+               (("model", needed), ("hardware", computed[name]))}
+        for name in ENGINES
+    }  # fmt: skip
+
+
 def figures(size: ModelSize, case: Case, runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Everything derived from the runs of both engines."""
     upstream, native = (runs[name] for name in ENGINES)
@@ -57,6 +80,7 @@ def figures(size: ModelSize, case: Case, runs: Mapping[str, Sequence[dict[str, A
         "speed": speed,
         "memory": paired.ratios(native, upstream, "peak_bytes"),
         "flops_per_picture": parts,
+        "utilization": utilization(case, parts, step, native[0]["device"]),
         "bound": limit,
         "median_over_bound": speed["median"] / limit,
         "precompute": {
@@ -88,6 +112,10 @@ def as_table(result: Mapping[str, Any]) -> str:
             speed, memory = paired.shown(found["speed"], 3), paired.shown(found["memory"], 2)
         lines.append(f"| {name} | {rate:.3f} | {speed} | {peak:.0f} | {memory} |")
     lines += ["", _of_bound(result["model"], cpu, found), _payment(case["pictures"], found["precompute"])]
+    if found["utilization"]:
+        each = found["utilization"].items()
+        used = ", ".join(f"{name} {one['model']:.1%} and {one['hardware']:.1%}" for name, one in each)
+        lines.append(f"Of the peak of {runs['native'][0]['device']}, needed and computed: {used}.")
     if cpu:
         lines.append(
             "Times are the processes' CPU time, since others may share the machine; memory is that of short runs of "

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sd3.common.command_line import UserError
 from sd3.common.memory import PeakMemory, device_module
+from sd3.native.utilization import device_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -81,6 +82,7 @@ class Measured:
     peak_bytes: int
     pictures: int
     threads: int
+    device: str  # what it calls itself
 
 
 class Enough(BaseException):
@@ -191,4 +193,5 @@ def run_case(case: Case, engine: str, folder: Path) -> Measured:
         peak_bytes=memory.peak,
         pictures=case.steps * case.batch_size,
         threads=torch.get_num_threads(),
+        device=device_name(device),
     )

@@ -40,7 +40,7 @@ from sd3.native.flag_changes import changed_facts, facts_of
 from sd3.native.metrics import Metrics, Reading
 from sd3.native.model import Trained
 from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
-from sd3.native.options import block_numbers, parse, public
+from sd3.native.options import parse, public
 from sd3.native.outputs import write_result
 from sd3.native.painting import Painter
 from sd3.native.precompute import Precompute
@@ -51,7 +51,7 @@ from sd3.native.step import Batch, FlowMatching, draw
 from sd3.native.stop import Stopper, alone_in
 from sd3.native.stream import Stream
 from sd3.native.tracking import forgiven
-from sd3.native.utilization import Work, device_name, work_of
+from sd3.native.utilization import device_name, work_of
 
 logger = logging.getLogger(__name__)
 # What holds process groups lives as long as the process. A thread of gloo that drops a tensor waits for the
@@ -326,11 +326,9 @@ def check(
     )  # fmt: skip
 
 
-def work(options: argparse.Namespace, trained: Trained) -> Work:
-    """What training costs for one sample of this run: a picture, and with prior preservation one of its class."""
+def work(options: argparse.Namespace, trained: Trained) -> float:
+    """Operations for one sample of this run: a picture, and with prior preservation one of its class."""
     transformer = trained.parts["transformer"]
-    blocks = len(transformer.transformer_blocks)
-    recomputed = len(block_numbers(options.checkpointed_blocks, blocks)) if options.gradient_checkpointing else 0
     tokens = CLIP_TOKENS + options.max_sequence_length
     pictures = 2 if options.with_prior_preservation else 1
-    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, recomputed / blocks, pictures)
+    return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, pictures)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from sd3.native.tracking import forgiven
-from sd3.native.utilization import Work, peak_of
+from sd3.native.utilization import peak_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class Metrics:
     """Collects losses; `read` brings them to the host, the progress line and the trackers."""
 
     def __init__(
-        self, accelerator: Accelerator, samples_a_step: int, work: Work, device_name: str, first: int, last: int
+        self, accelerator: Accelerator, samples_a_step: int, work: float, device_name: str, first: int, last: int
     ) -> None:
-        """`work` of a sample; `first`: steps already made, `last`: steps in all.
+        """`work`: operations for a sample; `first`: steps already made, `last`: steps in all.
 
         A sample counts as one image, with prior preservation too, where it is two pictures: as the pinned scripts
         count.
@@ -88,9 +88,9 @@ class Metrics:
             values = {"loss": loss, "lr": rate, "images": self.samples_a_step, "images_per_second": speed}
             values |= {"gradient_norm": norm}
             if self.peak:
-                values["utilization"] = speed * self.work.model / self.peak
+                values["utilization"] = speed * self.work / self.peak
             self._track(values, step, self.since + number * seconds)
-        used = f"{speed * self.work.model / self.peak:.1%}" if self.peak else "n/a"
+        used = f"{speed * self.work / self.peak:.1%}" if self.peak else "n/a"
         postfix = {"loss": f"{losses[-1]:.4f}", "lr": f"{self.waiting[-1][3]:.2e}", "images/s": f"{speed:.2f}"}
         self.bar.set_postfix({**postfix, "utilization": used}, refresh=False)
         self.bar.update(len(losses))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -25,22 +24,14 @@ def peak_of(device_name: str) -> float | None:
     return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", device_name, re.IGNORECASE)), None)
 
 
-@dataclass(frozen=True)
-class Work:
-    """Operations that training needs for one sample; a multiply-add counts as two."""
-
-    model: float  # forward and backward
-    hardware: float  # with what gradient checkpointing computes again
-
-
 def work_of(
-    config: dict[str, object], resolution: int, text_tokens: int, lora: bool, recomputed: float, pictures: int = 1
-) -> Work:
-    """Counted on the meta device for a sample of `pictures` pictures of `resolution` pixels a side.
+    config: dict[str, object], resolution: int, text_tokens: int, lora: bool, pictures: int = 1
+) -> float:
+    """Operations that training needs for a sample of `pictures` pictures of `resolution` pixels a side.
 
-    `config`: of the transformer; `recomputed`: share of its blocks under gradient checkpointing. The backward pass
-    costs twice the forward pass; with LoRA, which leaves out the gradients of the weights, once. The low-rank matrices
-    themselves are not counted.
+    Counted on the meta device; a multiply-add counts as two. `config`: of the transformer. The backward pass costs
+    twice the forward pass; with LoRA, which leaves out the gradients of the weights, once. What gradient checkpointing
+    computes again is not counted, nor are the low-rank matrices.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         transformer = SD3Transformer2DModel.from_config(config)
@@ -51,9 +42,7 @@ def work_of(
             pooled_projections=torch.empty(pictures, transformer.config.pooled_projection_dim),
             timestep=torch.empty(pictures),
         )
-    forward = float(counter.get_total_flops())
-    model = forward * (2 if lora else 3)
-    return Work(model, model + forward * recomputed)
+    return float(counter.get_total_flops()) * (2 if lora else 3)
 
 
 def device_name(device: torch.device) -> str:
