@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from sd3.quickstart.figures import SEEN
 from sd3.tiny_world import measure, train
+from sd3.tiny_world.autoencoder import as_tensor
 from sd3.tiny_world.classifier import pixels_of
-from sd3.tiny_world.grammar import held_out_captions
+from sd3.tiny_world.grammar import BACKGROUNDS, held_out_captions
 from sd3.tiny_world.measure import MODEL
+from sd3.tiny_world.subject import subject_picture, subject_score
 
 CLASSES = {
     "transformer": SD3Transformer2DModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModelWithProjection,
@@ -122,6 +126,15 @@ def test_the_measure_prints_a_table_and_a_sheet(tmp_path: Path, capsys: pytest.C
     assert "shape" in capsys.readouterr().out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (12 * 66, 66)
+
+
+def test_the_detector_knows_the_subject_as_the_autoencoder_shows_it() -> None:
+    vae, rng = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32), random.Random(0)
+    drawn = [subject_picture(64, rng, background) for background in (*BACKGROUNDS, *BACKGROUNDS, *BACKGROUNDS)]
+    with torch.no_grad():
+        seen = vae.decode(vae.encode(as_tensor(drawn)).latent_dist.mean).sample
+    pictures = ((seen.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert min(subject_score(Image.fromarray(picture)) for picture in pictures) > SEEN + 0.15
 
 
 @pytest.mark.parametrize(

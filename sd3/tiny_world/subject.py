@@ -42,7 +42,7 @@ _INK = (25, 20, 30)
 _HEAD, _EYE, _EYE_ACROSS, _EYE_UP, _SMILE, _LINE = 0.48, 0.1, 0.19, 0.09, 0.25, 0.065
 _PLUMP = 0.56  # plumper than the world's stars, so that there is room for stripes
 _AREA = 5 * 1.1**2 * _PLUMP * math.sin(math.pi / 5)  # of a star of radius 1
-_UNLIKE = 26.0  # distance in RGB from the background, from which a pixel is not it
+_UNLIKE = 26.0  # distance in RGB from the background, of 441, from which a pixel is not it: cream on beige too
 
 # What the search tries around the best pose: right, down, growth, turn.
 _NUDGES = [
