@@ -177,7 +177,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     if resumed:
         done, position, seed = (resumed[1][name] for name in ("step", "position", "seed"))
         # Crops, class and validation pictures are drawn by the flag, which need not be given again.
-        options.seed = resumed[1]["flags"]["seed"]
+        options.seed = resumed[1]["flags"].get("seed")
 
     # What never changes is computed before the model to be trained is loaded.
     if options.with_prior_preservation:
