@@ -66,8 +66,8 @@ mkdir -p build/tests
 rm -f build/tests/junit.xml
 [ "$full" -eq 0 ] || pytest_args+=(--full)
 pytest_status=0
-# A file's tests stay together: they share what was trained for them.
-workers="$(nproc)"
+# A file's tests stay together: they share what was trained for them. (nproc would take OMP_NUM_THREADS for the cores.)
+workers="$(env -u OMP_NUM_THREADS nproc)"
 "$PYTHON" -m pytest --numprocesses="$((workers < 4 ? workers : 4))" --dist=loadfile \
   --junitxml=build/tests/junit.xml --durations=10 "${pytest_args[@]}" || pytest_status=$?
 
