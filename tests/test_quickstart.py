@@ -91,7 +91,8 @@ def test_the_whole_job(tmp_path: Path) -> None:
     for name in ("full", "lora"):
         report = json.loads((out / name / "report.json").read_text(encoding="utf-8"))
         engine = json.loads((out / name / "run_settings.json").read_text(encoding="utf-8"))["engine"]
-        received = {"native": 2400, "diffusers": 1500}[engine]  # the patched scripts end an epoch with what is left
+        # On one process the patched script ends each epoch of five pictures with a batch of one.
+        received = 1500 if (name, engine) == ("lora", "diffusers") else 2400
         assert (report["last_step"], report["images_received"], report["exit_status"]) == (600, received, 0)
         assert report["images_per_second"] > 0
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()

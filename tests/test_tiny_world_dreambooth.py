@@ -166,7 +166,7 @@ def test_the_evaluation_ranks_every_way_of_tuning_above_the_base(
     found = evaluated(tmp_path / "evaluation", subject, *models.values())
     rows = [
         f"| {name} | {one.subject * 12:.0f} | {one.place * 12:.0f} | {one.others * 12:.0f} | "
-        + " | ".join(f"{means[metric]:.3f}" for metric in ("clip-t", "clip-i", "dino"))
+        + " | ".join(f"{means[metric]:.3f}" for metric in ("clip-t", "clip-i", "dino")) + " |"
         for (name, one), means in zip(models.items(), found, strict=True)
     ]
     write_text(PREPARED / "dreambooth.md", "\n".join(rows) + "\n")
