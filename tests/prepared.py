@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+from repository import PROJECT
+
 PREPARED = PROJECT / "build" / "tests"
 
 

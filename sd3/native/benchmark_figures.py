@@ -17,6 +17,11 @@ GOAL = 0.95  # of the bound, for a proportional model on a CPU
 ENGINES = ("upstream", "native")
 
 
+def needed_passes(case: Case) -> int:
+    """What forward and backward cost together, in forward passes: LoRA leaves out the gradients of the weights."""
+    return 2 if case.kind == "lora" else 3
+
+
 def costs(size: ModelSize, case: Case) -> dict[str, int]:
     """Operations that a step needs for one picture, by part; a multiply-add counts as two.
 
@@ -25,7 +30,7 @@ def costs(size: ModelSize, case: Case) -> dict[str, int]:
     where one prompt serves for all, for then both engines encode it before the training.
     """
     forward = flops.transformer_cost(size, case.resolution, CLIP_TOKENS + T5_TOKENS).flops
-    passes = (2 if case.kind == "lora" else 3) + case.checkpointing
+    passes = needed_passes(case) + case.checkpointing
     text = flops.t5_cost(size, T5_TOKENS).flops + flops.clip_cost(size).flops
     return {
         "transformer": passes * forward,
@@ -57,14 +62,14 @@ def utilization(
     peak = peak_of(device)
     if peak is None:
         return None
-    passes = 2 if case.kind == "lora" else 3
+    passes = needed_passes(case)
     needed = parts["transformer"] * passes / (passes + case.checkpointing)
     computed = {"upstream": sum(parts.values()), "native": parts["transformer"]}
-    return {
-        name: {what: case.batch_size * count / step[name] / peak for what, count in
-               (("model", needed), ("hardware", computed[name]))}
-        for name in ENGINES
-    }  # fmt: skip
+    found = {}
+    for name in ENGINES:
+        rate = case.batch_size / step[name] / peak
+        found[name] = {"model": rate * needed, "hardware": rate * computed[name]}
+    return found
 
 
 def figures(size: ModelSize, case: Case, runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:

@@ -166,11 +166,9 @@ def make(arguments: list[str] | None) -> None:
     """What the command line asks for; raises UserError and OSError."""
     started = time.monotonic()
     options = options_of(arguments)
-    if not options.output.name:
-        raise UserError(f"--output={options.output} exists; name a new directory.")
-    work = options.work or options.output.with_name(options.output.name + ".work")
     if options.output.exists():
         raise UserError(f"--output={options.output} exists; name a new directory.")
+    work = options.work or options.output.with_name(options.output.name + ".work")
     train(options.output, work, settings_of(options))
     sizes = {name: sum(f.stat().st_size for f in (options.output / name).rglob("*")) for name in PARTS[2:]}
     for name, size in sizes.items():

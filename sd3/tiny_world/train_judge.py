@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sd3.common.command_line import Parser, positive, status_of
-from sd3.common.command_line import seed as seed_number
+from sd3.common.command_line import Parser, positive, seed, status_of
 from sd3.common.files import new_directory, write_text
 from sd3.tiny_world import judges
 
@@ -48,7 +47,7 @@ def train(output: Path, seed: int, steps: dict[str, int]) -> dict[str, list[floa
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Train the models that judge pictures of the tiny world, on the CPU.")
     parser.add_argument("--output", type=Path, required=True, help="directory to make, with clip and vit in it")
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of everything (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything (default 0)")
     for name, default in (("clip", judges.CLIP_STEPS), ("vit", judges.VIT_STEPS)):
         help_ = f"steps of {name} (default {default})"
         parser.add_argument(f"--{name}-steps", type=positive, default=default, help=help_)
