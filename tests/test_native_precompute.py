@@ -397,3 +397,11 @@ def test_encoders_are_one_module_in_the_order_of_the_pipeline(tiny_model: Path) 
     assert not any(encoder.training for encoder in encoders.children()) and not any(
         parameter.requires_grad for parameter in encoders.parameters()
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("npu", torch.preserve_format), ("cuda", torch.channels_last), ("cpu", torch.channels_last)],
+)
+def test_channels_last_only_where_the_device_accepts_it(device: str, expected: torch.memory_format) -> None:
+    assert precompute_module.convolution_format(device) == expected

@@ -103,7 +103,9 @@ class Precompute:
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         vae = AutoencoderKL.from_pretrained(self.model / "vae", variant=self.options.variant, torch_dtype=dtype)
-        return vae.requires_grad_(False).eval().to(self.accelerator.device, memory_format=torch.channels_last)
+        return vae.requires_grad_(False).eval().to(
+            self.accelerator.device, memory_format=convolution_format(self.accelerator.device.type)
+        )
 
     def prompts(self, captions: Sequence[str], dtype: torch.dtype, t5_tokens: int) -> list[str]:
         """Keys of the captions' embeds: `prompt` [77 + t5_tokens, D] and `pooled` [P], of the encoders in `dtype`."""
@@ -154,10 +156,18 @@ class Precompute:
         self.accelerator.wait_for_everyone()
 
 
+def convolution_format(device: str) -> torch.memory_format:
+    """Memory format of the VAE's convolutions: channels last where they are faster so.
+
+    torch_npu accepts only contiguous and preserve_format (its `Module.to` and `Tensor.to` raise otherwise).
+    """
+    return torch.preserve_format if device == "npu" else torch.channels_last
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance [B, 16, H/8, W/8], float32, of pixels [B, 3, H, W] from -1 to 1."""
-    pixels = pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)
+    pixels = pixels.to(vae.device, vae.dtype, memory_format=convolution_format(vae.device.type))
     distribution = vae.encode(pixels).latent_dist
     return distribution.mean.float(), distribution.logvar.float()
 
