@@ -296,7 +296,7 @@ def test_image_to_image_from_a_file_and_from_an_address(
     assert generate([*common, f"--image={tmp_path / 'text.png'}"]) == 2
     assert generate([*common, f"--image={tmp_path / 'none.png'}"]) == 2
     said = capsys.readouterr().err
-    for sentence in ("cannot be fetched", "cannot be read as a picture", "cannot be read (No such file"):
+    for sentence in ("cannot be fetched", "cannot be read as an image", "cannot be read (No such file"):
         assert sentence in said
 
 

@@ -168,7 +168,7 @@ def test_what_is_transparent_becomes_white() -> None:
 
 
 def test_a_file_that_is_no_picture_is_named() -> None:
-    with pytest.raises(UserError, match="^picture cannot be read as a picture"):
+    with pytest.raises(UserError, match="^picture cannot be read as an image"):
         view(b"GIF89a but not really").pixels(64)
 
 

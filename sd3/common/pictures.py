@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import re
 import unicodedata
@@ -103,26 +102,6 @@ def read_recipe(path: Path) -> Recipe:
             f"{path} carries no recipe; name a PNG file made by this project's inference scripts."
         ) from None
     return Recipe(**values)  # type: ignore[arg-type]
-
-
-def decode(content: bytes) -> Image.Image:
-    """The picture in these bytes, upright and in RGB; what is transparent becomes white.
-
-    Raises:
-        PictureError: they are no whole picture; the text says why, to stand in brackets.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PictureError(str(error)) from None
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright.convert("RGB")
 
 
 def picture_files(folder: Path) -> list[Path]:

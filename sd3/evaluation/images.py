@@ -10,6 +10,7 @@ from PIL import Image
 
 from sd3.common import pictures
 from sd3.common.command_line import UserError
+from sd3.data import decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,8 @@ def decode(name: str, content: bytes) -> Image.Image:
         UserError: the bytes are no whole picture.
     """
     try:
-        return pictures.decode(content)
-    except pictures.PictureError as error:
+        return decoding.decode(content)
+    except decoding.ImageError as error:
         raise UserError(f"{name} cannot be read as a picture ({error}); mend or remove it.") from None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd3.common.command_line import UserError
-from sd3.common.pictures import PictureError, decode
+from sd3.data.decoding import ImageError, decode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,8 +28,8 @@ def read_image(place: str) -> tuple[Image.Image, str]:
     content = _download(place) if place.startswith(("http://", "https://")) else _read(place)
     try:
         return decode(content), hashlib.sha256(content).hexdigest()
-    except PictureError as error:
-        raise UserError(f"--image={place} cannot be read as a picture ({error}); give a PNG or JPEG.") from None
+    except ImageError as error:
+        raise UserError(f"--image={place} cannot be read as an image ({error}); give a PNG or JPEG.") from None
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from sd3.common.command_line import UserError
-from sd3.common.pictures import PictureError, decode
+from sd3.data.decoding import ImageError, decode, image_size
 from sd3.native.randomness import seed_of
 
 FLIPS = (False, True)
@@ -44,12 +42,12 @@ class View:
         As the pinned scripts: the shorter side is scaled to the resolution (bilinear), then a square is cut out.
 
         Raises:
-            UserError: the file is no picture.
+            UserError: the file is not an image.
         """
         try:
             image = decode(self.content())
-        except PictureError as error:
-            raise UserError(f"{self.name} cannot be read as a picture ({error}); mend or remove it.") from None
+        except ImageError as error:
+            raise UserError(f"{self.name} cannot be read as an image ({error}); fix or remove it.") from None
         image = transforms.resize(image, resolution, InterpolationMode.BILINEAR)
         if self.crop is None:
             image = transforms.center_crop(image, [resolution])
@@ -70,10 +68,10 @@ def identity(content: Callable[[], bytes]) -> tuple[str, bool]:
     """
     data = content()
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            square = image.width == image.height
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        square = False  # whoever decodes it will say what is wrong
+        width, height = image_size(data)
+        square = width == height
+    except ImageError:
+        square = False  # decoding will name the fault
     return hashlib.sha256(data).hexdigest(), square
 
 

@@ -1,0 +1,219 @@
+"""Decodes an image file to upright 8-bit RGB, the same for both engines, for checks and for image-to-image.
+
+Nothing is cut off on the way: what is transparent lies on white, 16-bit grey and float values are scaled to 8 bits, and
+an image whose values have no such scale is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import (  # the plugins: Pillow loads only five of them by itself
+    IcoImagePlugin,  # noqa: F401
+    Image,
+    ImageOps,
+    Jpeg2KImagePlugin,  # noqa: F401
+    PcxImagePlugin,  # noqa: F401
+    SgiImagePlugin,  # noqa: F401
+    TgaImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+
+MOST_PIXELS = 100_000_000
+# What photographs and drawings are kept in. Pillow's other readers are older, rarer and start other programs (EPS).
+FORMATS = (
+    "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+# The limit on pixels is the one above; Pillow's own warns long before.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+WIDE_GREY = 65535  # the largest value of 16-bit grey
+# Kinds of files that people try: how the first bytes tell them, what they are called, and what to do with them.
+_CONVERT = "convert it to PNG or JPEG"
+_HEIC = "convert it to JPEG, for example with `heif-convert` (libheif) or the photo program that made it"
+_BRANDS = {
+    b"heic": ("HEIC", _HEIC), b"heix": ("HEIC", _HEIC), b"hevc": ("HEIC", _HEIC), b"hevx": ("HEIC", _HEIC),
+    b"heim": ("HEIC", _HEIC), b"heis": ("HEIC", _HEIC), b"mif1": ("HEIC", _HEIC), b"msf1": ("HEIC", _HEIC),
+    b"avif": ("AVIF", _CONVERT), b"avis": ("AVIF", _CONVERT), b"crx ": ("CR3 (camera raw)", _CONVERT),
+}  # fmt: skip
+_OTHER_FORMATS = (
+    (b"DDS ", "DDS"), (b"qoif", "QOI"), (b"BLP", "BLP"), (b"%!PS", "EPS"), (b"%PDF", "PDF"), (b"8BPS", "PSD"),
+    (b"\xff\x0a", "JPEG XL"), (b"\x00\x00\x00\x0cJXL ", "JPEG XL"), (b"v/1\x01", "OpenEXR"), (b"#?RADIANCE", "HDR"),
+    (b"FUJIFILM", "RAF (camera raw)"), (b"gimp xcf", "XCF"),
+)  # fmt: skip
+
+
+class ImageError(ValueError):
+    """The bytes are not an image that can be used; the text is the reason, to stand in brackets."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upright RGB image, and what was done to the file's own (`changes`, empty for plain RGB)."""
+
+    image: Image.Image
+    changes: tuple[str, ...] = ()
+
+
+def decode(content: bytes) -> Image.Image:
+    """The image in these bytes, upright and in RGB.
+
+    Raises:
+        ImageError: they are not a whole image of a known format, or its values have no scale.
+    """
+    return decode_with_changes(content).image
+
+
+def decode_with_changes(content: bytes) -> Decoded:
+    """As `decode`, with a list of the conversions that were made."""
+    if not content:
+        raise ImageError("the file is empty")
+    _refuse_other_formats(content)
+    try:
+        return _decode(content)
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError("it is not an image of a known format") from None
+    # Pillow's readers meet damaged files with whatever their arithmetic or tables raise.
+    except Exception as error:  # noqa: BLE001
+        raise ImageError(_reason(error)) from None
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Width and height of the upright image, from its header; raises as `decode` does."""
+    try:
+        with _open(content) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except ImageError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise ImageError(_reason(error)) from None
+    return (height, width) if turned else (width, height)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"it is damaged: {text}" if text else f"it is damaged: {type(error).__name__}"
+
+
+def _refuse_other_formats(content: bytes) -> None:
+    head = content[:512]
+    if head[4:8] == b"ftyp":
+        # Generic brands come first in some files; what the image is stands among the compatible ones.
+        brands = [head[8:12], *(head[place : place + 4] for place in range(16, min(len(head), 64), 4))]
+        found = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
+        name, advice = next((each for each in found if each[0] != "HEIC"), found[0] if found else ("", ""))
+        if name:
+            raise ImageError(f"it is {name}; {advice}")
+    for start, name in _OTHER_FORMATS:
+        if head.startswith(start):
+            raise ImageError(f"it is {name}; {_CONVERT}")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"<svg") or (text.startswith((b"<?xml", b"<!--", b"<!doctype")) and b"<svg" in content[:4096]):
+        raise ImageError(f"it is SVG; {_CONVERT}")
+    if text.startswith((b"<html", b"<!doctype html")):
+        raise ImageError("it is a web page; download the image itself")
+    if text.startswith(b"version https://git-lfs"):
+        raise ImageError("it is a git-lfs pointer; download the file itself")
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ImageError(f"it has more than {MOST_PIXELS // 1_000_000} million pixels") from None
+    if image.width * image.height > MOST_PIXELS:
+        raise ImageError(
+            f"it has {image.width}x{image.height} pixels, more than {MOST_PIXELS // 1_000_000} million"
+        )
+    if image.width * image.height == 0:
+        raise ImageError("it has no pixels")
+    return image
+
+
+def _decode(content: bytes) -> Decoded:
+    with _open(content) as image:
+        # Further images of an MPO are previews and the other eye's view.
+        several = getattr(image, "is_animated", False) and image.format != "MPO"
+        raw_mode = str(image.tile[0].args if image.tile else "")
+        image.load()
+        # In place: a photograph of 12 megapixels is copied for nothing otherwise.
+        orientation = image.getexif().get(0x0112, 1)
+        ImageOps.exif_transpose(image, in_place=True)
+    changes = ["first of several frames"] if several else []
+    if orientation in range(2, 9):
+        changes.append("turned upright as its EXIF data say")
+    converted, how = _to_rgb(image, raw_mode)
+    return Decoded(converted, (*changes, *how))
+
+
+def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """The image in RGB, and how it became so."""
+    if image.mode.startswith(("I", "F")):
+        image, how = _scaled(image)
+        return image, (how,)
+    cut = ("16-bit colour to 8 bits",) if "16" in raw_mode else ()
+    key = _colour_key(image, cut=bool(cut))
+    if image.mode in ALPHA_MODES or key is not None:
+        flat, transparent = _on_white(image, key)
+        return flat, (*cut, f"{image.mode} with transparency on white" if transparent else f"{image.mode} to RGB")
+    if image.mode == "RGB":
+        return image, cut
+    try:
+        return image.convert("RGB"), (*cut, f"{image.mode} to RGB")
+    except ValueError:
+        raise ImageError(f"its colours are in {image.mode}; convert it to RGB") from None
+
+
+def _colour_key(image: Image.Image, cut: bool) -> Any:  # noqa: ANN401  # what Pillow keeps in `info`
+    """The colour, or the palette's alphas, that a file declares transparent; None for none."""
+    key = image.info.get("transparency")
+    if key is None or not cut:
+        return key
+    # The pixels of 16-bit channels were read by their upper 8 bits, the key was not.
+    return tuple(value >> 8 for value in key) if isinstance(key, tuple) else key >> 8
+
+
+def _on_white(image: Image.Image, key: Any) -> tuple[Image.Image, bool]:  # noqa: ANN401
+    """The image on white, and whether any of it is transparent."""
+    if key is not None:
+        image.info["transparency"] = key
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] == 255:
+        return image.convert("RGB"), False
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), True
+
+
+def _scaled(image: Image.Image) -> tuple[Image.Image, str]:
+    """Grey of more than 8 bits, scaled to 8.
+
+    Raises:
+        ImageError: the values have no known scale; cut to 8 bits they would be a blank square.
+    """
+    values = np.asarray(image)
+    least, most = values.min(), values.max()
+    key = image.info.get("transparency")
+    transparent = values == key if isinstance(key, int) else None
+    if image.mode == "F":
+        if not (np.isfinite(least) and np.isfinite(most) and least >= 0 and most <= 1):
+            raise ImageError(f"its float values run from {least:g} to {most:g}, not from 0 to 1; {_CONVERT}")
+        levels, how = np.rint(values.astype(np.float64) * 255), "float grey scaled to 8 bits"
+    elif least < 0 or most > WIDE_GREY:
+        raise ImageError(
+            f"its 32-bit values run from {least} to {most}, more than 16-bit grey holds; {_CONVERT}"
+        )
+    else:
+        levels, how = np.rint(values.astype(np.float64) / 257), "16-bit grey scaled to 8 bits"
+    grey = levels.astype(np.uint8)
+    if transparent is not None:
+        grey[transparent] = 255
+    return Image.fromarray(grey).convert("RGB"), how
