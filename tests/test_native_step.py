@@ -342,3 +342,64 @@ def test_a_density_that_leaves_the_table_takes_its_ends(flags: tuple[str, ...]) 
     indices = drawn(list(range(500)), *flags).indices
     assert (indices == 999).sum() > 10
     assert indices.min() >= 0 and indices.max() == 999
+
+
+def test_a_mean_below_0_draws_more_noise() -> None:
+    """As the flag's help says."""
+    sigmas = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0).sigmas
+    noise = [sigmas[drawn(list(range(500)), f"--logit_mean={mean}").indices].mean() for mean in (-1, 0, 1)]
+    assert noise[0] > noise[1] + 0.1 and noise[1] > noise[2] + 0.1
+
+
+SHIFT, SCALE = 0.06, 1.5
+ROUNDED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def flow_and_batch(dtype: torch.dtype, *flags: str) -> tuple[FlowMatching, Batch, Draws]:
+    """A batch with a row for every timestep, whose latent distributions are points."""
+    generator = torch.Generator().manual_seed(SEED)
+    mean, noise = (torch.randn(1000, 16, 2, 2, generator=generator) for _ in range(2))
+    batch = Batch(mean, torch.full_like(mean, -30.0), (), list(range(1000)))
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    flow = FlowMatching(options(*flags), scheduler, SHIFT, SCALE, dtype, torch.device("cpu"))
+    return flow, batch, Draws(torch.zeros_like(mean), noise, torch.arange(1000))
+
+
+@pytest.mark.parametrize("precondition", [1, 0])
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_an_exact_velocity_has_no_loss_with_sigma_sqrt(dtype: str, precondition: int) -> None:
+    """Its weight is 110,000 at the lowest sigma, where rounding to bfloat16 alone made a loss of more than 1."""
+    flags = ("--weighting_scheme=sigma_sqrt", f"--precondition_outputs={precondition}")
+    flow, batch, draws = flow_and_batch(ROUNDED[dtype], *flags)
+    velocity = draws.noise - (batch.mean - SHIFT) * SCALE
+    seen: list[torch.Tensor] = []
+
+    def exact(noisy: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        seen.append(noisy)
+        return velocity
+
+    assert flow.loss(exact, batch, draws).item() < 1e-5
+    assert seen[0].dtype == ROUNDED[dtype]
+    if precondition:  # the transformer's own rounding is not magnified either
+        assert flow.loss(lambda *_: velocity.to(ROUNDED[dtype]), batch, draws).item() < 1e-4
+    wrong = flow.loss(lambda *_: velocity + 0.1, batch, draws).item()
+    assert wrong == pytest.approx(0.01 if precondition else 0.01 * (flow.sigmas[:1000] ** -2).mean().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("precondition", [1, 0])
+@pytest.mark.parametrize(("scheme", "dtype"), [
+    *((scheme, dtype) for scheme in ("logit_normal", "mode", "cosmap") for dtype in ROUNDED), ("sigma_sqrt", "float32"),
+])  # fmt: skip
+def test_other_losses_have_the_bits_of_arithmetic_in_the_latents_dtype(
+    scheme: str, dtype: str, precondition: int
+) -> None:
+    kind = ROUNDED[dtype]
+    flow, batch, draws = flow_and_batch(kind, f"--weighting_scheme={scheme}", f"--precondition_outputs={precondition}")
+    prediction = torch.randn(draws.noise.shape, generator=torch.Generator().manual_seed(1)).to(kind)
+    x = ((batch.mean + torch.exp(0.5 * batch.logvar) * draws.sampling - SHIFT) * SCALE).to(kind)
+    s, n = flow.sigmas[:1000].to(kind).view(-1, 1, 1, 1), draws.noise.to(kind)
+    noisy = (1.0 - s) * x + s * n
+    found, target = (prediction * (-s) + noisy, x) if precondition else (prediction, n - x)
+    difference = found.float() - target.float()
+    expected = (compute_loss_weighting_for_sd3(scheme, s).float() * difference.square()).mean()
+    assert torch.equal(flow.loss(lambda *_: prediction, batch, draws), expected)

@@ -43,6 +43,7 @@ NOT_NEGATIVE = Range("from 0 up", lambda number: number >= 0)
 BELOW_ONE = Range("from 0 to below 1", lambda number: 0 <= number < 1)
 SWITCH = Range("0 or 1", lambda number: number in (0, 1))
 SEED = Range("from 0 to 4294967295", lambda number: 0 <= number < 2**32)  # what NumPy takes
+PROMPT_TOKENS = Range("from 1 to 512", lambda number: 1 <= number <= 512)  # no pipeline generates with more
 ANY = Range("that is finite", lambda number: True)
 
 
@@ -124,7 +125,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
         text("revision", None, "branch, tag or commit of the model on the hub"),
         text("variant", None, "infix of the weight files to load, such as fp16"),
         text("cache_dir", None, "where downloads are kept instead of the hub's own cache"),
-        whole("max_sequence_length", 77, "tokens that T5 reads of a prompt"),
+        whole("max_sequence_length", 77, "tokens that T5 reads of a prompt, in training and validation", PROMPT_TOKENS),
         switch("train_text_encoder", "train text encoders too: all three, and for a LoRA the two CLIP ones"),
         whole("rank", 4, "inner width of the LoRA matrices"),
         text("lora_layers", None, "modules in a block that get a LoRA, by comma; else all of the attention"),
@@ -169,7 +170,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
     "loss": (
         text("weighting_scheme", "logit_normal", "how timesteps are drawn and losses weighted",
              ("sigma_sqrt", "logit_normal", "mode", "cosmap")),
-        number("logit_mean", 0.0, "mean of the normal distribution behind logit_normal", ANY),
+        number("logit_mean", 0.0, "mean of the normal distribution behind logit_normal; below 0: more noise", ANY),
         number("logit_std", 1.0, "its standard deviation"),
         number("mode_scale", 1.29, "strength of the scheme mode", ANY),
         whole("precondition_outputs", 1, "1: compare clean latents; 0: compare velocities", SWITCH),

@@ -63,9 +63,12 @@ class FlowMatching:
         """`shift` and `scale` of the VAE's latents; `dtype`: of the transformer's input."""
         self.options = options
         self.shift, self.scale, self.dtype = shift, scale, dtype
-        # One entry a timestep; sigmas in the latents' dtype, as the pinned scripts compute with them.
+        # The patched diffusers scripts compute in the latents' dtype. The weight 1 / sigma**2, up to 110,000, makes
+        # more than the loss itself of what bfloat16 rounds off latents and noise.
+        self.exact = torch.float32 if options.weighting_scheme == "sigma_sqrt" else dtype
+        # One entry per timestep.
         self.timesteps = scheduler.timesteps.to(device)
-        self.sigmas = scheduler.sigmas.to(device, dtype)
+        self.sigmas = scheduler.sigmas.to(device, self.exact)
 
     def loss(self, predict: Callable[..., torch.Tensor], batch: Batch, draws: Draws) -> torch.Tensor:
         """The loss of a batch, a float32 scalar on the device; `predict` is the Denoiser.
@@ -76,12 +79,12 @@ class FlowMatching:
         """
         options = self.options
         latents = batch.mean + torch.exp(0.5 * batch.logvar.clamp(-30.0, 20.0)) * draws.sampling
-        latents = ((latents - self.shift) * self.scale).to(self.dtype)
-        noise = draws.noise.to(self.dtype)
+        latents = ((latents - self.shift) * self.scale).to(self.exact)
+        noise = draws.noise.to(self.exact)
         indices = draws.indices.to(latents.device, non_blocking=True)
         sigmas = self.sigmas[indices].view(-1, 1, 1, 1)
         noisy = (1.0 - sigmas) * latents + sigmas * noise
-        prediction = predict(noisy, self.timesteps[indices], *batch.text)
+        prediction = predict(noisy.to(self.dtype), self.timesteps[indices], *batch.text)
         target = noise - latents
         if options.precondition_outputs:
             prediction = prediction * (-sigmas) + noisy
