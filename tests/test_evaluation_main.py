@@ -10,6 +10,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from sd3.common.pictures import pictures_in
 from sd3.evaluation import report
 from sd3.evaluation.candidates import align, read_folder
 from sd3.evaluation.main import main
+from sd3.evaluation.metrics import kid
 from sd3.evaluation.options import Defaults
 from sd3.evaluation.table import cell, number, verdict
 
@@ -308,8 +310,11 @@ def test_what_the_inference_code_refuses_ends_the_evaluation(
     assert capsys.readouterr().err.startswith(f"--model={tmp_path / 'gone'} is no directory and no hub name")
 
 
-def test_a_data_set_gives_prompts_and_references(defaults: Defaults, pokemon_dir: Path, tmp_path: Path) -> None:
-    inference = FakeInference()
+def test_a_data_set_gives_prompts_and_references(
+    defaults: Defaults, pokemon_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inference, kid_of = FakeInference(), Mock(wraps=kid)
+    monkeypatch.setattr("sd3.evaluation.results.kid", kid_of)
     status = main(
         [f"--dataset={pokemon_dir}", "--held-out=0.5", "--split-seed=1", "--candidate=label=a,model=m",
          f"--output-dir={tmp_path}", "--device=cpu"], defaults, inference,
@@ -320,6 +325,9 @@ def test_a_data_set_gives_prompts_and_references(defaults: Defaults, pokemon_dir
     assert len(found["split"]["rows"]) == 4
     assert {prompt["prompt"] for prompt in found["prompts"]} == set(found["split"]["captions"])
     assert found["settings"]["reference_pictures"] == 4
+    _, references, prompts, captions = kid_of.call_args.args
+    assert len(references) == 4 and captions.tolist() == found["split"]["captions"]
+    assert set(prompts) == set(captions)
     assert main([f"--dataset={pokemon_dir}", f"--training-split={tmp_path / 'train'}"], defaults) == 0
     assert main([f"--dataset={pokemon_dir}", f"--training-split={tmp_path / 'train'}"], defaults) == 2
 

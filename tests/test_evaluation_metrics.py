@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -29,17 +32,21 @@ def each_its_own(n: int) -> np.ndarray:
     return np.arange(n)
 
 
-def mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD, term by term as Binkowski et al. write it."""
+def mmd(x: np.ndarray, y: np.ndarray, prompts: Sequence[object] = (), captions: Sequence[object] = ()) -> float:
+    """Unbiased squared MMD, term by term as Binkowski et al. write it; of pairs of one prompt, none counts where there
+    are two prompts or more."""
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
         return (float(a.astype(float) @ b.astype(float)) / len(a) + 1) ** 3
 
-    n, m = len(x), len(y)
-    within = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    among = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    across = sum(k(a, b) for a in x for b in y) / (n * m)
-    return within + among - 2 * across
+    def mean(a: np.ndarray, b: np.ndarray, of_a: list[object], of_b: list[object]) -> float:
+        pairs = itertools.product(zip(a, of_a, strict=True), zip(b, of_b, strict=True))
+        return float(np.mean([k(p, q) for (p, i), (q, j) in pairs if i != j]))
+
+    ours: list[object] = list(prompts) if len(set(prompts)) > 1 else [("image", i) for i in range(len(x))]
+    known = len(set(prompts)) > 1 and len(set(captions)) > 1
+    theirs: list[object] = list(captions) if known else [("reference", i) for i in range(len(y))]
+    return mean(x, x, ours, ours) + mean(y, y, theirs, theirs) - 2 * mean(x, y, ours, theirs)
 
 
 def root(matrix: np.ndarray) -> np.ndarray:
@@ -91,25 +98,56 @@ def test_kid_is_that_of_torchmetrics_with_one_subset_of_everything() -> None:
     assert kid(images, references) == pytest.approx(float(metric.compute()[0]))
 
 
-@pytest.mark.parametrize("prompts", [[0, 1, 2, 3, 4, 5, 6], [3] * 7, ["b", "a", "b", "c", "a", "b", "c"]])
+PROMPTS = [[0, 1, 2, 3, 4, 5, 6], [3] * 7, ["b", "a", "b", "c", "a", "b", "c"], ["a", "b", "b", "a", "a", "b", "b"]]
+CAPTIONS = [[], ["c", "a", "c", "d", "d"], ["a", "b", "c", "d", "e"], ["x"] * 5, ["f", "g", "f", "g", "f"]]
+
+
+@pytest.mark.parametrize("captions", CAPTIONS)
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_kid_is_over_pairs_of_different_prompts(prompts: list[object], captions: list[str]) -> None:
+    names = [str(prompt) for prompt in prompts]
+    images, references = features(7, shift=0.3), features(5, seed=1)
+    found = kid(images, references, np.array(names), np.array(captions) if captions else None)
+    assert found == pytest.approx(mmd(images, references, names, captions))
+
+
+@pytest.mark.parametrize("captions", CAPTIONS)
+def test_kid_of_one_prompt_is_that_of_all_pairs_to_the_bit(captions: list[str]) -> None:
+    images, references = features(7, shift=0.3), features(5, seed=1)
+    known = np.array(captions) if captions else None
+    assert kid(images, references, np.array(["a"] * 7), known) == kid(images, references)
+
+
+@pytest.mark.parametrize("captions", CAPTIONS)
+@pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("paired", [False, True])
-def test_the_margin_of_kid_is_the_jackknife_done_by_hand(paired: bool, prompts: list[object]) -> None:
-    """Over whole prompts, of unequal numbers of pictures; over pictures where there is one prompt."""
+def test_the_margin_of_kid_is_the_jackknife_done_by_hand(
+    paired: bool, prompts: list[object], captions: list[str]
+) -> None:
+    """Over whole prompts, of unequal numbers of images, and their references; over images where there is one prompt."""
     images, references = features(7, shift=0.3), features(5, seed=1)
     base = features(7, seed=2) if paired else None
+    names, i, j = np.array([str(prompt) for prompt in prompts]), np.arange(7), np.arange(5)
+    theirs = np.array(captions)
+    known = len(set(names)) > 1 and len(set(captions)) > 1
 
     def value(keep: np.ndarray, against: np.ndarray) -> float:
-        return mmd(images[keep], references[against]) - (mmd(base[keep], references[against]) if paired else 0)
+        more = names[keep].tolist(), theirs[against].tolist() if known else ()
+        ours = mmd(images[keep], references[against], *more)
+        return ours - (mmd(base[keep], references[against], *more) if paired else 0)
 
     def variance(parts: list[float]) -> float:
-        return (len(parts) - 1) / len(parts) * float(((np.array(parts) - np.mean(parts)) ** 2).sum())
+        return (len(parts) - 1) / len(parts) * float(((np.array(parts) - np.mean(parts)) ** 2).sum()) if parts else 0
 
-    i, j = np.arange(7), np.arange(5)
-    names = np.array(prompts)
-    kept = [i[names != name] for name in set(prompts)] if len(set(prompts)) > 1 else [np.delete(i, k) for k in i]
-    pictures = variance([value(keep, j) for keep in kept])
-    real = variance([value(i, np.delete(j, k)) for k in j])
-    found = kid_margin(images, references, names, base)
+    units = [names == name for name in sorted(set(names))] if len(set(names)) > 1 else [i == k for k in i]
+    lost = [theirs == name for name in sorted(set(names))] if known else [np.zeros(5, bool)] * len(units)
+    others = [theirs == name for name in sorted(set(captions) - set(names))] if known else [j == k for k in j]
+    pictures = variance([value(i[~unit], j[~its]) for unit, its in zip(units, lost, strict=True)])
+    real = variance([value(i, j[~unit]) for unit in others])
+    found = kid_margin(images, references, names, base, theirs if captions else None)
+    if known and 2 in (len(set(names)), len(set(captions))):
+        assert found is None  # less one, a single prompt is left, or a single one of the references
+        return
     assert found == pytest.approx(1.959964 * np.sqrt(pictures + real), rel=1e-5)
 
 
@@ -118,6 +156,8 @@ def test_too_few_pictures_have_no_margin_of_kid() -> None:
     assert kid_margin(images[:2], references, each_its_own(2)) is None
     assert kid_margin(images, references[:2], each_its_own(7)) is None
     assert kid_margin(images[:3], references, np.array([0, 0, 1])) is None
+    two = np.array(["a", "b"]).repeat(2)  # without either prompt, images and references are of the other one
+    assert kid_margin(images[:4], references[:4], two, captions=two) is None
 
 
 def test_identical_candidates_have_no_difference_in_kid() -> None:
@@ -142,12 +182,46 @@ def test_the_interval_of_kid_covers_its_true_value_where_pictures_of_a_prompt_ar
     for trial in range(trials):
         x = 1 + 0.4 * features(25, seed=3 * trial)[prompts] + 0.2 * features(100, seed=3 * trial + 1)
         y = 0.5 * features(100, seed=3 * trial + 2)
-        values.append(kid(x, y))
+        values.append(kid(x, y, prompts))
         margins.append(kid_margin(x, y, prompts))
         narrow.append(kid_margin(x, y, each_its_own(100)))
     off = np.abs(np.array(values) - np.mean(values))
     assert 0.86 <= np.mean(off <= np.array(margins)) <= 0.99  # a cubic kernel of 25 prompts is not quite normal
     assert np.mean(off <= np.array(narrow)) < 0.75
+
+
+PER_PROMPT = np.repeat(np.arange(25), 4)
+
+
+def alike(rng: np.random.Generator, common: np.ndarray) -> np.ndarray:
+    """Normal features [100, d] of 25 prompts by 4 seeds, correlated by 0.5 within a prompt; `common` [25, d] is what
+    those of a prompt share."""
+    return np.sqrt(0.5) * (common[PER_PROMPT] + rng.normal(size=(100, common.shape[1])))
+
+
+@pytest.mark.parametrize("references", ["others", "of the prompts"])
+def test_kid_of_equal_distributions_is_0_and_its_interval_holds_0(references: str) -> None:
+    """Of one candidate, and of the difference of two by the same prompts; references of other prompts, or of the same.
+
+    In so many trials mean KID has a standard error of 0.0015 at most, so a bias of 0.005 would show.
+    """
+    rng, dimension, trials, found = np.random.default_rng(0), 64, 200, []
+    captions = None if references == "others" else PER_PROMPT
+    for _ in range(trials):
+        common = rng.normal(size=(25, dimension))
+        ours, base = alike(rng, common), alike(rng, common)
+        real = rng.normal(size=(100, dimension)) if captions is None else alike(rng, common)
+        value, other = (kid(each, real, PER_PROMPT, captions) for each in (ours, base))
+        found.append((
+            value, kid_margin(ours, real, PER_PROMPT, captions=captions),
+            value - other, kid_margin(ours, real, PER_PROMPT, base, captions), kid(ours, real),
+        ))  # fmt: skip
+    value, margin, difference, its_margin, all_pairs = np.array(found).T
+    for each, half in ((value, margin), (difference, its_margin)):
+        assert abs(each.mean()) <= 0.005
+        assert each.std() / np.sqrt(trials) < 0.0015
+        assert np.mean(np.abs(each) <= half) >= 0.90
+    assert abs(all_pairs.mean()) > 0.02  # what pairs of one prompt add, or take away across
 
 
 @pytest.mark.parametrize("n", [50, 4])  # 4 pictures of 6 features: covariances of too low a rank

@@ -15,7 +15,7 @@ from sd3.evaluation.candidates import PictureSet
 from sd3.evaluation.measure import Measured
 from sd3.evaluation.metrics import fid, kid, kid_margin
 
-FORMAT = 2  # of metrics.json; raised when a key changes its meaning
+FORMAT = 3  # of metrics.json; raised when a key changes its meaning
 SEED = 0  # of the bootstrap
 PACKAGES = ("torch", "torchvision", "transformers", "torchmetrics", "numpy", "pillow")
 
@@ -27,6 +27,7 @@ class _Figures:
     metrics: Sequence[str]
     resamples: int
     prompts: np.ndarray  # of each picture
+    captions: np.ndarray | None  # of each reference, where they are known
 
     def of_pictures(self, candidate: int, where: np.ndarray | slice, base: int | None = None) -> dict[str, Any]:
         """Metrics that each picture has, over the pictures `where`; with `base`, the difference over pairs."""
@@ -46,7 +47,8 @@ class _Figures:
             figures = {}
             if "kid" in self.metrics:
                 figures["kid"] = self._of_set(
-                    kid(features, references), kid_margin(features, references, self.prompts)
+                    kid(features, references, self.prompts, self.captions),
+                    kid_margin(features, references, self.prompts, captions=self.captions),
                 )
             if "fid" in self.metrics:
                 figures["fid"] = self._of_set(fid(features, references), None)
@@ -62,7 +64,7 @@ class _Figures:
         for metric, ours in of_sets[candidate].items():
             margin = None
             if metric == "kid":
-                margin = kid_margin(features[candidate], references, self.prompts, base=features[0])
+                margin = kid_margin(features[candidate], references, self.prompts, features[0], self.captions)
             found[metric] = self._of_set(ours.mean - of_sets[0][metric].mean, margin).as_dict()
         return found
 
@@ -76,7 +78,7 @@ class _Figures:
 
 def summarize(
     sets: Sequence[PictureSet], measured: Measured, metrics: Sequence[str], text_of: Callable[[str], str],
-    resamples: int,
+    resamples: int, captions: Sequence[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures: of each candidate, of each prompt, and of each candidate against the first one.
 
@@ -86,9 +88,11 @@ def summarize(
         metrics: names, in the order of display.
         text_of: the text that CLIP-T compares with, from a prompt.
         resamples: of the bootstrap.
+        captions: of each reference image of KID, where they are known.
     """
     prompts_of_pictures = np.array([prompt for prompt, _ in sets[0].keys()])
-    figures = _Figures(sets, measured, metrics, resamples, prompts_of_pictures)
+    captions_of_references = np.array(captions) if captions is not None else None
+    figures = _Figures(sets, measured, metrics, resamples, prompts_of_pictures, captions_of_references)
     of_sets = figures.of_sets()
     everywhere = slice(None)
     candidates = []

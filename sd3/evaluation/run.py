@@ -43,7 +43,8 @@ def evaluate(options: argparse.Namespace, inference: Inference) -> dict[str, Any
         batch_size=options.batch_size, local_files_only=options.local_files_only,
     )  # fmt: skip
     measured = measure(sets, request, options.cache_dir)
-    results = summarize(sets, measured, options.metrics, text_of, options.resamples)
+    captions = references.split.captions if references.split else None
+    results = summarize(sets, measured, options.metrics, text_of, options.resamples, captions)
     results["notes"] = [*unequal_settings(sets), *results["notes"], *options.omitted]
     results["settings"] = {
         "device": device, "subject": options.subject, "class_noun": options.class_noun, "seeds": sets[0].seeds(),
