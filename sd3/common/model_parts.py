@@ -48,10 +48,11 @@ def make_vae(size: ModelSize) -> AutoencoderKL:
 
 
 def make_transformer(size: ModelSize) -> SD3Transformer2DModel:
-    """An MMDiT as of SD3 medium, or with normalized queries and keys as of SD3.5 large."""
+    """An MMDiT as of SD3 medium, SD3.5 medium or SD3.5 large."""
     return SD3Transformer2DModel(
         sample_size=size.sample_size, patch_size=PATCH, in_channels=LATENT_CHANNELS, num_layers=size.layers,
         attention_head_dim=size.head_width, num_attention_heads=size.heads, joint_attention_dim=size.t5_width,
         caption_projection_dim=size.transformer_width, pooled_projection_dim=size.pooled_width,
         out_channels=LATENT_CHANNELS, pos_embed_max_size=size.positions, qk_norm=size.qk_norm,
+        dual_attention_layers=size.dual_layers,
     )  # fmt: skip

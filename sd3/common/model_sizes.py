@@ -1,4 +1,4 @@
-"""The dimensions of SD3 medium and SD3.5 large, and of small models for where those cannot be had or are too slow.
+"""The dimensions of SD3 medium, SD3.5 medium and large, and of small models where those are not at hand or too slow.
 
 `tiny` proves that code runs. `proportional` costs what SD3 medium at 1024x1024 costs, divided by 2000, when it paints
 256x256 pixels: transformer, VAE and text encoders keep their share of the arithmetic and of the memory, so that what is
@@ -51,6 +51,7 @@ class ModelSize:
     sample_size: int
     positions: int
     qk_norm: str | None = None  # SD3.5's normalization of queries and keys; SD3 medium has none
+    dual_layers: tuple[int, ...] = ()  # blocks in which the image attends to itself once more, of SD3.5 medium
 
     @property
     def transformer_width(self) -> int:
@@ -95,6 +96,13 @@ SIZES = {
         vae_channels=(128, 256, 512, 512), vae_layers=2, vae_groups=32,
         layers=24, heads=24, head_width=64, sample_size=128, positions=192,
     ),
+    "sd3.5-medium": ModelSize(
+        clips=(Clip(768, 12, 12, 3072, 768), Clip(1280, 32, 20, 5120, 1280)),
+        t5_width=4096, t5_feed_forward=10240, t5_layers=24, t5_heads=64, t5_head_width=64, t5_rows=32_128,
+        vae_channels=(128, 256, 512, 512), vae_layers=2, vae_groups=32,
+        layers=24, heads=24, head_width=64, sample_size=128, positions=384, qk_norm="rms_norm",
+        dual_layers=tuple(range(13)),
+    ),
     "sd3.5-large": ModelSize(
         clips=(Clip(768, 12, 12, 3072, 768), Clip(1280, 32, 20, 5120, 1280)),
         t5_width=4096, t5_feed_forward=10240, t5_layers=24, t5_heads=64, t5_head_width=64, t5_rows=32_128,
@@ -126,4 +134,5 @@ def size_of(parts: Mapping[str, Path]) -> ModelSize:
         layers=transformer["num_layers"], heads=transformer["num_attention_heads"],
         head_width=transformer["attention_head_dim"], sample_size=transformer["sample_size"],
         positions=transformer["pos_embed_max_size"], qk_norm=transformer.get("qk_norm"),
+        dual_layers=tuple(transformer.get("dual_attention_layers") or ()),
     )  # fmt: skip

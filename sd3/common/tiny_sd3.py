@@ -19,7 +19,7 @@ from sd3.common.files import new_directory
 from sd3.common.model_sizes import SIZES, ModelSize
 from sd3.common.tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
-# The last two take minutes; in float16 15 and 28 GB on the disk, and 40 GB of memory.
+# The last three take minutes; in float16 15, 16 and 28 GB on the disk, and 40 GB of memory.
 MADE = tuple(SIZES)
 
 
