@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lora_files import make_sd35_like, transformer_output
+from lora_files import outputs as generating
 from native_parts import options
 from sd3.common.command_line import UserError
 from sd3.common.model_sizes import SIZES, Clip
@@ -248,6 +252,46 @@ def test_a_lora_file_has_the_runs_precision_unless_upcast(twins: Path, tmp_path:
         for key, value in lora_weights(made.parts[part]).items():
             assert torch.equal(own[f"{part}.{key}"], value.to(own[f"{part}.{key}"].dtype))
     assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}  # the model is as it was
+
+
+@pytest.mark.parametrize("flags", [(), ("--rank=7", "--train_text_encoder"), ("--lora_blocks=1", "--rank=2")])
+def test_a_lora_file_states_its_strength_as_diffusers_does(
+    twins: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    """From 0.34 on: PEFT's settings as JSON in the header, each behind the part's name."""
+    made = trained(twins, "lora", *flags)
+    made.write_weights(tmp_path)
+    with safe_open(tmp_path / LORA_FILE, framework="pt") as file:
+        stated = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert file.metadata()["format"] == "pt"
+    assert {key.split(".")[0] for key in stated} == set(made.parts)
+    for name, part in made.parts.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in stated.items() if key.startswith(f"{name}.")}
+        config = LoraConfig(**own)
+        assert config.r == config.lora_alpha == made.options.rank
+        assert config.target_modules == part.peft_config["default"].target_modules
+        assert not (config.rank_pattern or config.alpha_pattern or config.use_rslora or config.use_dora)
+    # The tensors are those that the pipeline itself writes.
+    layers = {f"{name}_lora_layers": lora_weights(part) for name, part in made.parts.items()}
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path / "plain", **layers)
+    found, plain = load_file(tmp_path / LORA_FILE), load_file(tmp_path / "plain" / LORA_FILE)
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_the_second_attention_of_sd35_medium_is_trained_where_it_is_named(tmp_path: Path) -> None:
+    model = make_sd35_like(tmp_path / "model")
+    assert not any("attn2" in name for name in trained(model, "lora").names())
+    made = trained(model, "lora", "--lora_layers=attn2.to_q,attn2.to_out.0,attn.to_k")
+    changed = {name.split(".lora_")[0] for name in made.names()}
+    assert changed == {
+        "transformer.transformer_blocks.0.attn2.to_q", "transformer.transformer_blocks.0.attn2.to_out.0",
+        "transformer.transformer_blocks.0.attn.to_k", "transformer.transformer_blocks.1.attn.to_k",
+    }  # fmt: skip
+    made.write_weights(tmp_path)
+    assert torch.equal(
+        transformer_output(made.parts["transformer"].eval()), generating(model, tmp_path)["transformer"]
+    )
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

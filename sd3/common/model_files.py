@@ -30,6 +30,30 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: the file is cut short, or is no safetensors file.
     """
+    header, end = _read_header(file)
+    header.pop("__metadata__", None)
+    try:
+        size = end + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        whole = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in header.values())
+    except (TypeError, LookupError):
+        whole = False
+    if not whole:
+        raise ValueError("has no safetensors header")
+    if size != file.stat().st_size:
+        raise ValueError("is cut short")
+    return header
+
+
+def safetensors_metadata(file: Path) -> dict[str, str]:
+    """What the writer of a safetensors file noted in its header; raises as `safetensors_header` does."""
+    found = _read_header(file)[0].get("__metadata__") or {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("has no safetensors header")
+    return found
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where it ends, in bytes."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
@@ -37,12 +61,11 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
             raise ValueError("has no safetensors header")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError("has no safetensors header") from error
-    header.pop("__metadata__", None)
-    if 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
-        raise ValueError("is cut short")
-    return header
+    if not isinstance(header, dict):
+        raise ValueError("has no safetensors header")
+    return header, 8 + length
 
 
 def safetensors_parameters(file: Path) -> int:

@@ -16,18 +16,16 @@ from sd3.common.model_files import (
     TOKENIZERS,
     content_hash,
     damaged_files,
-    file_hash,
     missing_files,
-    safetensors_header,
     tensor_shapes,
 )
+from sd3.model.lora_file import PARTS as LORA_PARTS
+from sd3.model.lora_file import PEFT_FILE, LoraFile, read_lora
+from sd3.model.lora_settings import LoraError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 GIVE_LORA = "give a LoRA file, or the run directory or a checkpoint of a LoRA fine-tune"
-OTHER_MODEL = "was trained for another model"
 RUN_SETTINGS = "run_settings.json"
-# The two spellings of a LoRA pair, W' = W + B A: A projects down to the rank, B up again.
-LORA_SUFFIXES = {".lora_A.weight": "A", ".lora.down.weight": "A", ".lora_B.weight": "B", ".lora.up.weight": "B"}
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,20 @@ class Sources:
 
     name: str
     parts: dict[str, Path]
-    lora: Path | None = None
+    lora_file: LoraFile | None = None
+
+    @property
+    def lora(self) -> Path | None:
+        """Where the LoRA lies."""
+        return self.lora_file.path if self.lora_file else None
 
     def model_hash(self) -> str:
         """Hash of all parts, see sd3.common.model_files.content_hash."""
         return content_hash(self.parts.values())
 
     def lora_hash(self) -> str:
-        """SHA-256 of the LoRA file; empty without one."""
-        return file_hash(self.lora) if self.lora else ""
+        """Hash of the LoRA, see sd3.model.lora_file.LoraFile.content_hash; empty without one."""
+        return self.lora_file.content_hash() if self.lora_file else ""
 
 
 def find_sources(
@@ -112,54 +115,20 @@ def _with_lora(name: str, parts: dict[str, Path], lora: str) -> Sources:
         return Sources(name, parts)
     file = Path(lora)
     if file.is_dir():
-        if not (file / LORA_FILE).is_file():
+        found = [file / name for name in (LORA_FILE, PEFT_FILE) if (file / name).is_file()]
+        if not found:
             raise UserError(f"--lora={lora} holds no {LORA_FILE}; {GIVE_LORA}.")
-        file = file / LORA_FILE
+        if len(found) > 1:
+            raise UserError(f"--lora={lora} holds both {LORA_FILE} and {PEFT_FILE}; name one of them.")
+        file = found[0]
     elif not file.is_file():
         raise UserError(f"--lora={lora} does not exist; {GIVE_LORA}.")
-    _check_lora(lora, file, parts)
-    return Sources(name, parts, file)
+    return Sources(name, parts, _read_lora(lora, file, parts))
 
 
-def _check_lora(given: str, file: Path, parts: dict[str, Path]) -> None:
-    """Every tensor of a LoRA must meet a weight of the model, in both of its dimensions."""
+def _read_lora(given: str, file: Path, parts: dict[str, Path]) -> LoraFile:
+    """The LoRA, each of whose matrices meets a weight of the model."""
     try:
-        entries = safetensors_header(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--lora={given} {error}; give the .safetensors file of a LoRA.") from None
-    if not entries:
-        raise UserError(f"--lora={given} holds no weights; give a LoRA that was trained.")
-    shapes = {part: tensor_shapes(parts[part]) for part in ("transformer", "text_encoder", "text_encoder_2")}
-    ranks: dict[str, dict[str, int]] = {}
-    for key, entry in entries.items():
-        part, _, rest = key.partition(".")
-        suffix = next((suffix for suffix in LORA_SUFFIXES if rest.endswith(suffix)), None)
-        if part not in shapes or suffix is None:
-            raise UserError(
-                f"--lora={given} is no LoRA of SD3 in diffusers' format (it holds {key}); give a file that a LoRA "
-                "launcher wrote."
-            )
-        module = rest.removesuffix(suffix)
-        shape, side = entry["shape"], LORA_SUFFIXES[suffix]
-        if len(shape) != 2:
-            raise UserError(f"--lora={given} is damaged: {key} is no matrix; train or copy it again.")
-        ranks.setdefault(f"{part}.{module}", {})[side] = shape[0 if side == "A" else 1]
-        known = shapes[part]
-        if known is None:
-            continue  # weights without readable headers: the loader will compare
-        weight = known.get(f"{module}.weight")
-        if weight is None:
-            raise UserError(
-                f"--lora={given} {OTHER_MODEL}: {part} has no {module}; give the model it was trained on."
-            )
-        width = weight[1] if side == "A" else weight[0]
-        if shape[1 if side == "A" else 0] != width:
-            raise UserError(
-                f"--lora={given} {OTHER_MODEL}: {key} is {'x'.join(map(str, shape))}, and the weight "
-                f"it belongs to is {'x'.join(map(str, weight))}; give the model it was trained on."
-            )
-    for module, found in ranks.items():
-        if len(found) != 2:
-            raise UserError(f"--lora={given} is damaged: half of {module} is missing; train or copy it again.")
-        if found["A"] != found["B"]:
-            raise UserError(f"--lora={given} is damaged: halves of {module} differ in rank; train or copy it again.")
+        return read_lora(file, {part: tensor_shapes(parts[part]) for part in LORA_PARTS})
+    except LoraError as error:
+        raise UserError(f"--lora={given} {error}") from None

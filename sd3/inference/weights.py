@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from sd3.common.command_line import UserError
+from sd3.model.lora_layers import add_lora
+from sd3.model.lora_settings import LoraError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,8 @@ class Weights:
         self.dtype = dtype
         self.lora_scale = lora_scale
         self.encoder_seconds = 0.0  # spent on bringing text encoders from the disk to the device
-        self._lora = load_file(sources.lora) if sources.lora else {}
+        with self._lora_error_as_user_error():
+            self._lora = sources.lora_file.tensors() if sources.lora_file else {}
 
     def text_encoder(self, part: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """Tokenizer and encoder of `part`, a key of ENCODERS, on the device."""
@@ -45,10 +47,7 @@ class Weights:
         tokenizer_part, encoder_class, tokenizer_class = ENCODERS[part]
         tokenizer = self._load(tokenizer_class, tokenizer_part)
         encoder = self._load_weights(encoder_class, part)
-        if lora := self._lora_of(part):
-            StableDiffusion3Pipeline.load_lora_into_text_encoder(
-                lora, network_alphas=None, text_encoder=encoder, prefix=part, lora_scale=self.lora_scale
-            )
+        self._add_lora(part, encoder)
         encoder.requires_grad_(False).eval().to(device)
         self.encoder_seconds += time.perf_counter() - start
         return tokenizer, encoder
@@ -56,9 +55,7 @@ class Weights:
     def transformer(self) -> SD3Transformer2DModel:
         """The transformer in host memory."""
         transformer = self._load_weights(SD3Transformer2DModel, "transformer")
-        if lora := self._lora_of("transformer"):
-            transformer.load_lora_adapter(lora, prefix="transformer", adapter_name="lora")
-            transformer.set_adapters("lora", weights=self.lora_scale)
+        self._add_lora("transformer", transformer)
         return transformer.requires_grad_(False).eval()
 
     def vae(self) -> AutoencoderKL:
@@ -69,8 +66,18 @@ class Weights:
         """The scheduler, with the model's own settings."""
         return self._load(FlowMatchEulerDiscreteScheduler, "scheduler")
 
-    def _lora_of(self, part: str) -> dict[str, torch.Tensor]:
-        return {key: value for key, value in self._lora.items() if key.startswith(f"{part}.")}
+    def _add_lora(self, part: str, model: torch.nn.Module) -> None:
+        if self.sources.lora_file and (modules := self.sources.lora_file.parts.get(part)):
+            with self._lora_error_as_user_error():
+                add_lora(model, modules, self._lora, self.lora_scale)
+
+    @contextlib.contextmanager
+    def _lora_error_as_user_error(self) -> Iterator[None]:
+        """Name the file that cannot be used."""
+        try:
+            yield
+        except LoraError as error:
+            raise UserError(f"--lora={self.sources.lora} {error}") from None
 
     def _load_weights(self, kind: Any, part: str) -> Any:  # noqa: ANN401  # the class given is the class returned
         """A part with every one of its weights: the libraries draw missing ones at random, and only warn."""

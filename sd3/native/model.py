@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sd3.common.command_line import UserError
 from sd3.common.model_files import content_hash
+from sd3.model.lora_layers import write_lora
 from sd3.native.options import block_numbers
 from sd3.native.text import ENCODERS, TextEncoders, load_encoders
 
@@ -25,6 +26,8 @@ LORA_TARGETS = (
 )  # fmt: skip
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 CLIPS = ("text_encoder", "text_encoder_2")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
 
 
 class Denoiser(torch.nn.Module):
@@ -122,11 +125,11 @@ class Trained:
             for name, part in self.parts.items():
                 part.save_pretrained(folder / name)
             return
-        layers = {
-            f"{name}_lora_layers": lora_weights(part, dtype if name == "transformer" else None)
+        parts = {
+            name: (part.peft_config[ADAPTER], lora_weights(part, dtype if name == "transformer" else None))
             for name, part in self.parts.items()
         }
-        StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
+        write_lora(folder / LORA_FILE, parts)
 
 
 def trainable(part: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -1,0 +1,1 @@
+"""The pipeline directory and what goes with it: LoRA files."""
