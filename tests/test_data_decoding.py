@@ -1,4 +1,4 @@
-"""Decoding of image files: every kind of transparency on white, deep grey scaled, everything else refused in a sentence."""
+"""Decoding of image files: transparency on white, deep grey scaled, everything else refused in a sentence."""
 
 from __future__ import annotations
 
@@ -206,8 +206,10 @@ def test_other_files_are_named(content: bytes, said: str) -> None:
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
-    with pytest.raises(ImageError, match="20000x20000 pixels, more than 100 million"):
+    with pytest.raises(ImageError, match="more than 100 million pixels"):
         decode(encoded(Image.new("1", (20_000, 20_000))))
+    with pytest.raises(ImageError, match="more than 100 million pixels, 11000x10000"):
+        decode(encoded(Image.new("1", (11_000, 10_000))))
     with pytest.raises(ImageError, match="more than 100 million pixels"):
         decode(deep_png(0, np.broadcast_to(np.zeros(1), (1, 1 << 20, 1)), size=(1 << 20, 1 << 20)))
 

@@ -73,12 +73,13 @@ def test_a_launcher_runs_its_own_project_wherever_it_is_started(
     bare: Path, arguments: list[str], tmp_path: Path
 ) -> None:
     """In another copy of the project Python would find that one's modules first."""
-    other = tmp_path / "other" / "sd3" / "common"
-    other.mkdir(parents=True)
-    for name in ("devices", "preflight", "run_environment", "supervise", "report"):
-        assert (bare / "sd3" / "common" / f"{name}.py").is_file()
-        (other / f"{name}.py").write_text("raise SystemExit(9)\n")
-    for package in (other, other.parent):
+    other = tmp_path / "other" / "sd3"
+    modules = ("common/devices", "launch/preflight", "common/run_environment", "common/supervise", "common/report")
+    for module in modules:
+        assert (bare / "sd3" / f"{module}.py").is_file()
+        (other / module).parent.mkdir(parents=True, exist_ok=True)
+        (other / f"{module}.py").write_text("raise SystemExit(9)\n")
+    for package in (other, other / "common", other / "launch"):
         (package / "__init__.py").touch()
     result = launch(bare, DDP, *arguments, cwd=tmp_path / "other")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -55,10 +55,11 @@ def test_each_launcher_would_run_its_own_script_and_defaults(
 
 
 def test_both_forms_and_what_follows_two_dashes(project: Path, tiny: list[str]) -> None:
-    command = dry_run(project, DDP, *tiny, "--max_train_steps", "7", "--seed=0", "--", "--rank=8", "--odd value")
+    passed = ["--max_grad_norm=8", "--hub_model_id=odd value"]
+    command = dry_run(project, DDP, *tiny, "--max_train_steps", "7", "--seed=0", "--", *passed)
     assert "--max_train_steps=7" in command
     assert "--seed=0" in command
-    assert command[-2:] == ["--rank=8", "--odd value"]
+    assert command[-2:] == passed
 
 
 def test_one_number_of_processes_reaches_accelerate(project: Path, tiny: list[str]) -> None:

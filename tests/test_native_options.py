@@ -40,6 +40,7 @@ LORA_DEFAULTS = {
     "rank": 4, "lora_layers": None, "lora_blocks": None, "cache_latents": False, "upcast_before_saving": False
 }  # fmt: skip
 OWN_DEFAULTS = {
+    "dataset_split": "train",
     "precompute_dir": PROJECT / "build" / "precomputed", "vae_precision": "auto", "compile_blocks": False,
     "attention": "auto", "adamw": "auto", "checkpointed_blocks": "all", "keep_every": None, "log_every": None,
     "profile": 0, "continue_on_nonfinite": False,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from sd3.common import preflight
+from sd3.common.command_line import UserError
 from sd3.common.model_files import check_model
-from sd3.common.preflight import checkpoint_bytes
-from sd3.common.preflight_data import check_dataset, check_folder
+from sd3.launch import preflight
+from sd3.launch.preflight import checkpoint_bytes
 
 
 @pytest.fixture
@@ -23,24 +21,104 @@ def model(tmp_path: Path, tiny_model: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-@pytest.fixture
-def dogs(tmp_path: Path, dog_dir: Path) -> Path:
-    return Path(shutil.copytree(dog_dir, tmp_path / "dogs"))
-
-
 def only(problems: list[str]) -> str:
     assert len(problems) == 1, problems
     return problems[0]
 
 
-def test_a_good_run_passes(tiny_model: Path, dog_dir: Path, pokemon_dir: Path, tmp_path: Path) -> None:
-    settings = {
-        "model_name": str(tiny_model), "input_dir": str(dog_dir), "dataset_name": "", "caption_column": "",
-        "run_dir": str(tmp_path / "new" / "run"), "script": "train_dreambooth_sd3", "machine_rank": "0",
-        "num_processors": "2", "num_machines": "1", "main_process_port": "0",
+def settings_of(model: Path, run_dir: Path, **other: str) -> dict[str, str]:
+    return {
+        "model_name": str(model), "run_dir": str(run_dir), "script": "train_dreambooth_lora_sd3", "machine_rank": "0",
+        "num_processors": "2", "num_machines": "1", "main_process_port": "0", "engine": "native", "device": "cpu",
+        **other,
     }  # fmt: skip
-    assert preflight.check(settings) == []
-    assert check_dataset(str(pokemon_dir), "text") == []
+
+
+def flags_of(*data: str) -> list[str]:
+    return ["--pretrained_model_name_or_path=m", "--instance_prompt=a dog", "--resolution=64", *data]
+
+
+def test_a_good_run_passes(tiny_model: Path, dog_dir: Path, pokemon_dir: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_model, tmp_path / "new" / "run")
+    problems, summary = preflight.check(settings, flags_of(f"--instance_data_dir={dog_dir}"))
+    assert problems == []
+    assert summary.lines()[0] == "5 images, 1 caption"
+    problems, summary = preflight.check(
+        settings, flags_of(f"--dataset_name={pokemon_dir}", "--caption_column=text", f"--cache_dir={tmp_path}")
+    )
+    assert problems == []
+    assert summary.lines()[0] == "8 images, 8 distinct captions"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mixed_precision=fp16"], "--mixed_precision=fp16 cannot run on a CPU"),
+        (["--image_column=jpg", "--dataset_name={pokemon}"], "--image_column=jpg is not a column of"),
+        (["--rank=0"], "--rank=0 is out of range"),
+        (["--rank=100000"], "--rank=100000 is out of range"),
+        (["--logging_dir=/var/log"], "--logging_dir=/var/log is outside --output_dir"),
+        (["--logging_dir=../logs"], "--logging_dir=../logs is outside --output_dir"),
+        (["--report_to=clearml"], "--report_to=clearml needs clearml"),
+        (["--optimizer=prodigy"], "--optimizer=prodigy needs prodigyopt"),
+        (["--use_8bit_adam"], "--use_8bit_adam needs bitsandbytes"),
+        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+        (["--max_sequence_length=0"], "--max_sequence_length=0 is out of range"),
+        (["--with_prior_preservation"], "--with_prior_preservation needs --class_data_dir"),
+    ],
+)
+def test_flags_after_the_dashes_are_checked(
+    tiny_model: Path, dog_dir: Path, pokemon_dir: Path, tmp_path: Path, flags: list[str], said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sd3.native.options.importlib.util.find_spec", lambda name: None)
+    given = [flag.format(pokemon=pokemon_dir) for flag in flags]
+    data = [] if any(flag.startswith("--dataset_name") for flag in given) else [f"--instance_data_dir={dog_dir}"]
+    with_no_tracker = [] if "--report_to=clearml" in given else ["--report_to=all"]
+    try:
+        problems, _ = preflight.check(settings_of(tiny_model, tmp_path), flags_of(*data, *with_no_tracker, *given))
+    except UserError as error:
+        problems = [str(error)]
+    assert said in only(problems)
+
+
+def test_a_flag_of_the_native_engine_is_refused_for_the_scripts(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path
+) -> None:
+    flags = flags_of(f"--instance_data_dir={dog_dir}", "--keep_every=3")
+    settings = settings_of(tiny_model, tmp_path, engine="diffusers")
+    assert "--keep_every is an option of the native engine only" in only(preflight.check(settings, flags)[0])
+
+
+@pytest.mark.parametrize(("engine", "problems"), [("native", 0), ("diffusers", 1)])
+def test_other_files_of_the_class_folder(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path, engine: str, problems: int
+) -> None:
+    classes = Path(shutil.copytree(dog_dir, tmp_path / "class"))
+    (classes / ".DS_Store").write_bytes(b"x")
+    (classes / "Thumbs.db").write_bytes(b"x")
+    flags = ["--with_prior_preservation", f"--class_data_dir={classes}", "--class_prompt=a dog"]
+    settings = settings_of(tiny_model, tmp_path, engine=engine)
+    found, summary = preflight.check(settings, flags_of(f"--instance_data_dir={dog_dir}", *flags))
+    assert len(found) == problems
+    if found:
+        assert "(.DS_Store, Thumbs.db)" in found[0]
+    else:
+        assert "class images: 2 left out, not named as an image file (.DS_Store, Thumbs.db)" in summary.lines()
+
+
+def test_a_damaged_class_image_is_named(tiny_model: Path, dog_dir: Path, tmp_path: Path) -> None:
+    classes = tmp_path / "class"
+    classes.mkdir()
+    (classes / "cut.png").write_bytes(b"no image")
+    flags = ["--with_prior_preservation", f"--class_data_dir={classes}", "--class_prompt=a dog"]
+    problems, _ = preflight.check(settings_of(tiny_model, tmp_path), flags_of(f"--instance_data_dir={dog_dir}", *flags))
+    assert f"--class_data_dir={classes}: cut.png cannot be read as an image" in only(problems)
+
+
+def test_a_hub_data_set_is_not_downloaded_for_a_dry_run(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_model, tmp_path, dry_run="1")
+    assert preflight.check(settings, flags_of("--dataset_name=somebody/pictures")) == ([], None)
 
 
 @pytest.mark.parametrize(
@@ -108,71 +186,3 @@ def test_a_port_in_use_is_named() -> None:
         settings = {"machine_rank": "0", "num_processors": "2", "num_machines": "1", "main_process_port": port}
         assert f"--main_process_port={port} cannot be used" in only(preflight.check_port(settings))
         assert preflight.check_port({**settings, "machine_rank": "1", "num_machines": "2"}) == []
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda folder: (folder / "notes.txt").write_text("a dog"), "notes.txt cannot be read as an image"),
-        (lambda folder: (folder / "more").mkdir(), "holds folders (more)"),
-        (lambda folder: (folder / "cut.png").write_bytes(next(folder.glob("*.png")).read_bytes()[:200]), "cut.png"),
-        (lambda folder: Image.new("1", (20_000, 20_000)).save(folder / "huge.png"), "more than 100 million"),
-        (lambda folder: [file.unlink() for file in folder.iterdir()], "is empty"),
-    ],
-)
-def test_folders_that_cannot_be_trained_on(dogs: Path, spoil, said: str) -> None:
-    spoil(dogs)
-    assert said in only(check_folder(str(dogs)))
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert "is no directory" in only(check_folder(str(tmp_path / "none")))
-
-
-def test_a_missing_caption_column_lists_those_there_are(pokemon_dir: Path) -> None:
-    problem = only(check_dataset(str(pokemon_dir), "caption"))
-    assert "--caption_column=caption is no column" in problem
-    assert "image, text" in problem
-
-
-def test_parquet_that_cannot_be_read_and_data_that_is_none(tmp_path: Path, dog_dir: Path) -> None:
-    assert f"use --input_dir={dog_dir}" in only(check_dataset(str(dog_dir), "text"))
-    (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    assert "cannot be read as parquet" in only(check_dataset(str(tmp_path), "text"))
-
-
-def parquet_of(folder: Path, rows: list[dict]) -> str:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
-    return str(folder)
-
-
-def row(content: bytes | None = None, text: str | None = "t") -> dict:
-    stream = io.BytesIO()
-    Image.effect_noise((32, 32), 50).save(stream, format="PNG")
-    return {"image": {"bytes": content or stream.getvalue(), "path": None}, "text": text}
-
-
-CUT_SHORT = row()["image"]["bytes"][:200]
-
-
-@pytest.mark.parametrize(
-    ("spoiled", "said"),
-    [
-        (row(b"broken"), "row 99 has an image that cannot be read"),
-        (row(CUT_SHORT), "row 99 has an image that cannot be read"),
-        (row(text=None), "row 99 has no text in the column text"),
-        ({"image": None, "text": "t"}, "row 99 has no image"),
-    ],
-    ids=["broken", "cut short", "no text", "no image"],
-)
-def test_a_row_that_cannot_be_trained_on_is_named_wherever_it_stands(tmp_path: Path, spoiled: dict, said: str) -> None:
-    rows = [*(row() for _ in range(99)), spoiled]
-    assert said in only(check_dataset(parquet_of(tmp_path, rows), "text"))
-
-
-def test_of_very_many_pictures_the_later_ones_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd3.common.preflight_data.DECODED", 1)
-    assert "row 0" in only(check_dataset(parquet_of(tmp_path, [row(CUT_SHORT), row(CUT_SHORT)]), "text"))

@@ -130,9 +130,7 @@ def _open(content: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise ImageError(f"it has more than {MOST_PIXELS // 1_000_000} million pixels") from None
     if image.width * image.height > MOST_PIXELS:
-        raise ImageError(
-            f"it has {image.width}x{image.height} pixels, more than {MOST_PIXELS // 1_000_000} million"
-        )
+        raise ImageError(f"it has more than {MOST_PIXELS // 1_000_000} million pixels, {image.width}x{image.height}")
     if image.width * image.height == 0:
         raise ImageError("it has no pixels")
     return image

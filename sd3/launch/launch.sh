@@ -13,7 +13,7 @@ SD3_DIR="$(dirname "$HERE")"
 . "$HERE/ascend_env.sh"
 
 OPTION=(
-  [preset]=sd3 [instance_prompt]="" [validation_prompt]="" [caption_column]="" [input_dir]="" [dataset_name]=""
+  [preset]=sd3 [instance_prompt]="" [validation_prompt]="" [caption_column]="" [input_dir]="" [dataset_name]="" [dataset_split]=""
   [num_processors]="" [gradient_accumulation_steps]=1 [checkpointing_steps]=500 [dataloader_num_workers]=0 [resume]=""
   [output_dir]="" [config_file]="" [deepspeed_config]="" [num_machines]=1 [machine_rank]=0 [main_process_ip]=127.0.0.1
   [main_process_port]=29500 [device]=auto [engine]=auto [seed]=""
@@ -159,21 +159,23 @@ build_command() {
       [ "$processes" -gt 1 ] || COMMAND+=(--cpu)
     fi
   fi
-  COMMAND+=("$TRAIN_SCRIPT" "--pretrained_model_name_or_path=${OPTION[model_name]}" "--output_dir=$RUN_DIR"
+  TRAIN_ARGUMENTS=("--pretrained_model_name_or_path=${OPTION[model_name]}" "--output_dir=$RUN_DIR"
     "--instance_prompt=${OPTION[instance_prompt]}" "--resolution=${OPTION[resolution]}"
     "--train_batch_size=${OPTION[batch_size]}" "--max_train_steps=${OPTION[max_train_steps]}"
     "--mixed_precision=${OPTION[mixed_precision]}" "--learning_rate=${OPTION[learning_rate]}"
     "--gradient_accumulation_steps=${OPTION[gradient_accumulation_steps]}" "--lr_scheduler=constant"
     "--lr_warmup_steps=0" "--checkpointing_steps=${OPTION[checkpointing_steps]}"
     "--dataloader_num_workers=${OPTION[dataloader_num_workers]}" "--report_to=tensorboard")
-  [ -z "${OPTION[dataset_name]}" ] || COMMAND+=("--dataset_name=${OPTION[dataset_name]}" "--caption_column=${OPTION[caption_column]}")
-  [ -z "${OPTION[input_dir]}" ] || COMMAND+=("--instance_data_dir=${OPTION[input_dir]}")
-  [ -z "${OPTION[validation_prompt]}" ] || COMMAND+=("--validation_prompt=${OPTION[validation_prompt]}" "--validation_epochs=25")
-  [ -z "${OPTION[seed]}" ] || COMMAND+=("--seed=${OPTION[seed]}")
-  [ "$GRADIENT_CHECKPOINTING" -eq 0 ] || COMMAND+=(--gradient_checkpointing)
-  [ -z "${OPTION[resume]}" ] || COMMAND+=("--resume_from_checkpoint=${OPTION[resume]}")
+  [ -z "${OPTION[dataset_name]}" ] || TRAIN_ARGUMENTS+=("--dataset_name=${OPTION[dataset_name]}" "--caption_column=${OPTION[caption_column]}")
+  [ -z "${OPTION[dataset_split]}" ] || TRAIN_ARGUMENTS+=("--dataset_split=${OPTION[dataset_split]}")
+  [ -z "${OPTION[input_dir]}" ] || TRAIN_ARGUMENTS+=("--instance_data_dir=${OPTION[input_dir]}")
+  [ -z "${OPTION[validation_prompt]}" ] || TRAIN_ARGUMENTS+=("--validation_prompt=${OPTION[validation_prompt]}" "--validation_epochs=25")
+  [ -z "${OPTION[seed]}" ] || TRAIN_ARGUMENTS+=("--seed=${OPTION[seed]}")
+  [ "$GRADIENT_CHECKPOINTING" -eq 0 ] || TRAIN_ARGUMENTS+=(--gradient_checkpointing)
+  [ -z "${OPTION[resume]}" ] || TRAIN_ARGUMENTS+=("--resume_from_checkpoint=${OPTION[resume]}")
   take_secrets_out
-  COMMAND+=("${PASSED_ON[@]}")
+  TRAIN_ARGUMENTS+=("${PASSED_ON[@]}")
+  COMMAND+=("$TRAIN_SCRIPT" "${TRAIN_ARGUMENTS[@]}")
 }
 
 # A hub token travels in the environment, where the hub library looks for it, and so reaches no file.
@@ -198,7 +200,7 @@ settings_json() {
   local name pairs=()
   for name in "${!OPTION[@]}"; do pairs+=("$name=${OPTION[$name]}"); done
   "$PYTHON" - "${pairs[@]}" "script=$SCRIPT" "launcher=$LAUNCHER" "engine=$ENGINE" "device=$DEVICE" \
-    "deepspeed=$DEEPSPEED" "run_dir=$RUN_DIR" "case_name=$(case_name)" "started_at=$(date +%s.%N)" <<'END'
+    "deepspeed=$DEEPSPEED" "run_dir=$RUN_DIR" "dry_run=${GIVEN[dry-run]:-}" "case_name=$(case_name)" "started_at=$(date +%s.%N)" <<'END'
 import json, sys
 print(json.dumps(dict(pair.split("=", 1) for pair in sys.argv[1:]), indent=2, sort_keys=True))
 END
@@ -217,6 +219,14 @@ write_file() {
   cat >"$1.new"
   sync "$1.new" 2>/dev/null || true
   mv "$1.new" "$1"
+}
+
+# All checks that need Python; the summary of the data goes to the user, and as JSON into DATA_SUMMARY.
+check_run() {
+  {
+    DATA_SUMMARY="$(settings_json |
+      SD3_SUMMARY_FD=3 project_module sd3.launch.preflight "${TRAIN_ARGUMENTS[@]}" 3>&1 >&4)" || exit $?
+  } 4>&1
 }
 
 quoted_command() { printf '%q ' "${COMMAND[@]}"; printf '\n'; }
@@ -245,6 +255,7 @@ prepare_run_dir() {
     quoted_command
   } | write_file "$RUN_DIR/command.sh"
   settings_json | write_file "$RUN_DIR/run_settings.json"
+  [ -z "$DATA_SUMMARY" ] || printf '%s\n' "$DATA_SUMMARY" | write_file "$RUN_DIR/data.json"
   project_module sd3.common.run_environment --device="$DEVICE" --engine="$ENGINE" | write_file "$RUN_DIR/environment.json"
 }
 
@@ -265,7 +276,7 @@ launch() {
   choose_device
   settle_paths
   build_command
-  settings_json | project_module sd3.common.preflight || exit $?
+  check_run
   if [ -n "${GIVEN[dry-run]:-}" ]; then
     quoted_command
     return 0

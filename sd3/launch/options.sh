@@ -11,6 +11,7 @@ OPTION_TABLE='preset|sd3, sd3.5-medium, sd3.5-large|model and the settings that 
 model_name|DIR or NAME|the pipeline to fine-tune: a local directory or a hub name
 dataset_name|DIR or NAME|captioned data set: a folder with parquet files or a hub name; excludes input_dir
 input_dir|DIR|a folder of images of one subject; excludes dataset_name
+dataset_split|NAME|split of the data set to train on (default train)
 caption_column|NAME|the captions in the data set (default text)
 instance_prompt|TEXT|the prompt for images without a caption
 validation_prompt|TEXT|what to paint at each validation; empty for none

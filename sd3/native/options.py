@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sd3.common.command_line import Parser, UserError
+from sd3.data.training_data import DataFlags
 
 PROJECT = Path(__file__).resolve().parents[2]
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -42,6 +43,7 @@ POSITIVE = Range("above 0", lambda number: number > 0)
 NOT_NEGATIVE = Range("from 0 up", lambda number: number >= 0)
 BELOW_ONE = Range("from 0 to below 1", lambda number: 0 <= number < 1)
 SWITCH = Range("0 or 1", lambda number: number in (0, 1))
+LORA_RANK = Range("from 1 to 4096", lambda number: 1 <= number <= 4096)
 SEED = Range("from 0 to 4294967295", lambda number: 0 <= number < 2**32)  # what NumPy takes
 PROMPT_TOKENS = Range("from 1 to 512", lambda number: 1 <= number <= 512)  # no pipeline generates with more
 ANY = Range("that is finite", lambda number: True)
@@ -127,7 +129,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
         text("cache_dir", None, "where downloads are kept instead of the hub's own cache"),
         whole("max_sequence_length", 77, "tokens that T5 reads of a prompt, in training and validation", PROMPT_TOKENS),
         switch("train_text_encoder", "train text encoders too: all three, and for a LoRA the two CLIP ones"),
-        whole("rank", 4, "inner width of the LoRA matrices"),
+        whole("rank", 4, "inner width of the LoRA matrices", LORA_RANK),
         text("lora_layers", None, "modules in a block that get a LoRA, by comma; else all of the attention"),
         text("lora_blocks", None, "numbers of the blocks that get a LoRA, by comma; else all"),
     ),
@@ -136,6 +138,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
         text("dataset_name", None, "data set with pictures: hub name or directory; instead of --instance_data_dir"),
         text("dataset_config_name", None, "which configuration of the data set"),
         text("image_column", "image", "column with the pictures"),
+        text("dataset_split", "train", "split of the data set to train on"),
         text("caption_column", None, "column with a prompt for each picture; else --instance_prompt serves for all"),
         needed("instance_prompt", "prompt that shall stand for the subject"),
         whole("repeats", 1, "how often an epoch shows each picture"),
@@ -228,6 +231,18 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
 }  # fmt: skip
 
 
+NATIVE_ONLY = {flag.name for flag in SECTIONS["this engine alone"]}
+
+
+def data_flags(options: argparse.Namespace) -> DataFlags:
+    """The training data that the flags name."""
+    return DataFlags(
+        folder=options.instance_data_dir, dataset=options.dataset_name, config=options.dataset_config_name,
+        split=options.dataset_split, image_column=options.image_column, caption_column=options.caption_column,
+        cache_dir=options.cache_dir,
+    )  # fmt: skip
+
+
 def flags(kind: str) -> list[Flag]:
     """The flags of the script `kind`, "full" or "lora"."""
     return [flag for section in SECTIONS.values() for flag in section if kind == "lora" or flag.name not in LORA_ONLY]
@@ -246,7 +261,7 @@ def build_parser(kind: str) -> Parser:
     return parser
 
 
-def parse(kind: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def read(kind: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of the script `kind` ("full" or "lora") from `arguments`, else from the command line; checked.
 
     Raises:
@@ -257,6 +272,12 @@ def parse(kind: str, arguments: Sequence[str] | None = None) -> argparse.Namespa
     for flag in flags(kind):
         flag.check(getattr(options, flag.name))
     _check(options)
+    return options
+
+
+def parse(kind: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """As `read`; what was given and does nothing is noted on standard error, once for all ranks of a machine."""
+    options = read(kind, arguments)
     if options.local_rank in (-1, 0):
         for note in _notes(options):
             print(f"note: {note}", file=sys.stderr)
@@ -285,12 +306,12 @@ def _check(options: argparse.Namespace) -> None:
             "--report_to=wandb shows the command line, and --hub_token with it, to others; "
             "log in with huggingface-cli and leave the token out."
         )
-    packages = TRACKERS[options.report_to]
-    if packages and not any(importlib.util.find_spec(package) for package in packages):
+    _check_packages(options)
+    output = Path(options.output_dir).resolve()
+    if not (output / options.logging_dir).resolve().is_relative_to(output):
         raise UserError(
-            f"--report_to={options.report_to} needs {packages[0]}, which is not installed; "
-            f"pip install {packages[0]}.", 3,
-        )  # fmt: skip
+            f"--logging_dir={options.logging_dir} is outside --output_dir; give the name of a directory below it."
+        )
     if options.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"--lr_scheduler={options.lr_scheduler} is not known; use one of {', '.join(LR_SCHEDULERS)}.")
     if not BLOCKS.fullmatch(options.checkpointed_blocks):
@@ -298,6 +319,20 @@ def _check(options: argparse.Namespace) -> None:
     blocks = getattr(options, "lora_blocks", None)
     if blocks is not None and not all(block.strip().isdecimal() for block in blocks.split(",")):
         raise UserError(f"--lora_blocks={blocks} is no list of block numbers; give one such as 12,30.")
+
+
+def _check_packages(options: argparse.Namespace) -> None:
+    """Raise UserError where a tracker or an optimizer needs a package that is not installed."""
+    needed_by = {f"--report_to={options.report_to}": TRACKERS[options.report_to]}
+    if options.optimizer.lower() == "prodigy":
+        needed_by["--optimizer=prodigy"] = ("prodigyopt",)
+    elif options.use_8bit_adam:
+        needed_by["--use_8bit_adam"] = ("bitsandbytes",)
+    for option, packages in needed_by.items():
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise UserError(
+                f"{option} needs {packages[0]}, which is not installed; pip install {packages[0]}.", 3
+            )
 
 
 def _notes(options: argparse.Namespace) -> list[str]:

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchvision.transforms import InterpolationMode
@@ -15,6 +14,8 @@ from torchvision.transforms import functional as transforms
 
 from sd3.common.command_line import UserError
 from sd3.data.decoding import ImageError, decode, image_size
+from sd3.data.training_data import read_training_data
+from sd3.native.options import data_flags
 from sd3.native.randomness import seed_of
 
 FLIPS = (False, True)
@@ -100,18 +101,19 @@ def _views(
 
 
 def instance_samples(options: argparse.Namespace) -> list[Sample]:
-    """The pictures of the subject with their captions, each `--repeats` times.
+    """The images of the subject with their captions, each `--repeats` times.
 
     Raises:
         UserError: the data cannot be read, or lack a column that was asked for.
     """
-    found = _folder(options) if options.dataset_name is None else _dataset(options)
-    if not found:
-        raise UserError(f"{options.instance_data_dir or options.dataset_name} holds no picture; put some in it.")
-    repeated = [one for one in found for _ in range(options.repeats)]
+    found = read_training_data(data_flags(options)).images
+    repeated = [image for image in found for _ in range(options.repeats)]
     return [
-        Sample(_views(options, name, content, "instance", index, options.random_flip), caption)
-        for index, (name, content, caption) in enumerate(repeated)
+        Sample(
+            _views(options, image.name, image.content, "instance", index, options.random_flip),
+            image.caption or options.instance_prompt,
+        )
+        for index, image in enumerate(repeated)
     ]
 
 
@@ -121,61 +123,3 @@ def class_samples(options: argparse.Namespace, files: list[Path]) -> list[Sample
         Sample(_views(options, str(file), file.read_bytes, "class", index, False), options.class_prompt)
         for index, file in enumerate(files)
     ]
-
-
-def _folder(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes], str]]:
-    folder = Path(options.instance_data_dir)
-    if not folder.is_dir():
-        raise UserError(f"--instance_data_dir={folder} is no directory; name a folder of pictures.")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    return [(str(file), file.read_bytes, options.instance_prompt) for file in files]
-
-
-def _dataset(options: argparse.Namespace) -> list[tuple[str, Callable[[], bytes], str]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    name = options.dataset_name
-    try:
-        rows = datasets.load_dataset(name, options.dataset_config_name, cache_dir=options.cache_dir)["train"]
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--dataset_name={name} cannot be loaded ({why}); see --dataset_config_name.") from None
-    columns = {
-        "--image_column": options.image_column or rows.column_names[0],
-        "--caption_column": options.caption_column,
-    }
-    for option, column in columns.items():
-        if column is not None and column not in rows.column_names:
-            raise UserError(
-                f"{option}={column} is no column of {name}; its columns are {', '.join(rows.column_names)}."
-            )
-    image_column, caption_column = columns.values()
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    captions = rows[caption_column] if caption_column else [None] * len(rows)
-
-    def content_of(row: int) -> Callable[[], bytes]:
-        return lambda: _bytes_of(rows[row][image_column], f"{name}, row {row}")
-
-    return [
-        (f"{name}, row {row}", content_of(row), _one_text(caption, f"{name}, row {row}") or options.instance_prompt)
-        for row, caption in enumerate(captions)
-    ]
-
-
-def _bytes_of(cell: dict[str, Any] | None, row: str) -> bytes:
-    if cell is None:
-        raise UserError(f"{row} has no picture; mend or remove the row.")
-    try:
-        return cell["bytes"] or Path(cell["path"]).read_bytes()
-    except OSError as error:
-        raise UserError(f"{row}: {cell['path']} cannot be read ({error.strerror}); mend or remove the row.") from None
-
-
-def _one_text(caption: object, row: str) -> str | None:
-    """A caption, or the first of several; what is blank counts as none."""
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    if not isinstance(caption, str | None):
-        raise UserError(f"{row} has the caption {caption!r}, expected text; see --caption_column.")
-    return caption if caption and caption.strip() else None

@@ -1,0 +1,1 @@
+"""What the launchers run before and beside the training."""
