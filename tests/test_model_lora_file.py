@@ -19,6 +19,7 @@ from painting import SMALL
 from sd3.common.command_line import UserError
 from sd3.inference.run import generate
 from sd3.inference.sources import find_sources
+from sd3.inference.weights import Weights
 from sd3.model.lora_file import read_lora
 from sd3.model.lora_layers import add_lora
 
@@ -150,6 +151,15 @@ def test_a_change_of_the_strength_beside_the_file_is_another_lora(model: Path, t
     assert len(hashes) == 2
 
 
+@pytest.mark.parametrize("start", ["transformer.", ""])
+@pytest.mark.parametrize("own", ["transformer.", ""])
+def test_keys_and_header_may_name_the_only_part_or_not(model: Path, tmp_path: Path, start: str, own: str) -> None:
+    tensors = spelt(pairs(model, {ALL[0]: 4}), start + "{module}.lora_{side}.weight")
+    lora = write(tmp_path / "lora.safetensors", tensors, {f"{own}r": 4, f"{own}lora_alpha": 6})
+    (found,) = find_sources(str(model), str(lora)).lora_file.parts["transformer"].values()
+    assert found.scale == 1.5
+
+
 # ---- spellings
 
 
@@ -246,6 +256,8 @@ def test_what_is_not_known_is_refused_by_its_key(
         (settings(text_encoder={"r": 4, "lora_alpha": "4"}), "lora_alpha '4', expected a number"),
         (settings(text_encoder={"r": 4, "lora_alpha": True}), "lora_alpha True"),
         (settings(text_encoder={"r": 4, "lora_alpha": math.nan}), "lora_alpha nan"),
+        (settings(text_encoder={"r": 4, "lora_alpha": 10**400}), "expected a number"),
+        (settings(text_encoder={"r": 4.5, "lora_alpha": 4}), "r 4.5, expected a whole number"),
         (settings(text_encoder={"r": 0, "lora_alpha": 4}), "r 0, expected a whole number"),
         (settings(text_encoder={"r": 4, "lora_alpha": 4, "alpha_pattern": {"(": 4}}), "expected names with numbers"),
         (settings(text_encoder={"r": 4, "lora_alpha": 4, "alpha_pattern": [4]}), "expected names with numbers"),
@@ -309,6 +321,26 @@ def test_headers_that_are_none(model: Path, tmp_path: Path, header: bytes) -> No
     lora.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(UserError, match="has no safetensors header; give the .safetensors file of a LoRA"):
         find_sources(str(model), str(lora))
+
+
+def test_shapes_that_are_no_numbers(model: Path, tmp_path: Path) -> None:
+    entries = {
+        f"{FIRST}.lora_{side}.weight": {"dtype": "F32", "shape": ["4", 64], "data_offsets": [0, 0]} for side in "AB"
+    }
+    header = json.dumps(entries).encode()
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="is no matrix"):
+        find_sources(str(model), str(lora))
+
+
+def test_a_header_that_the_tensors_do_not_fit(model: Path, tmp_path: Path) -> None:
+    """Found when the LoRA is read, which is before any weights are."""
+    lora = write(tmp_path / "lora.safetensors", spelt(pairs(model, {ALL[0]: 4})))
+    content = lora.read_bytes()
+    lora.write_bytes(content.replace(b'"F32"', b'"F16"'))
+    with pytest.raises(UserError, match="is damaged .*; train or copy it again"):
+        Weights(find_sources(str(model), str(lora)), torch.float32, 1.0)
 
 
 def test_layers_are_checked_where_the_models_headers_cannot_be_read(model: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def _rank(
     for side in ("A", "B"):
         key = keys[side]
         shape, dtype = entries[key]["shape"], entries[key]["dtype"]
-        if len(shape) != 2:
+        if len(shape) != 2 or not all(isinstance(length, int) for length in shape):
             raise LoraError(f"is damaged: {key} is no matrix; train or copy it again.")
         if dtype not in DTYPES:
             raise LoraError(f"holds {key} in {dtype}; expected one of {', '.join(DTYPES)}: convert it.")

@@ -129,7 +129,7 @@ def _settings_of(part: str, found: Mapping[str, Any], where: str) -> LoraSetting
         )
 
     def number(name: str, value: object, kind: type) -> Any:  # noqa: ANN401
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
         if not good or (kind is int and (value != int(value) or value < 1)):
             expected = "a whole number from 1 on" if kind is int else "a number"
             raise LoraError(f"cannot be used: {where} has {name} {value!r}, expected {expected}; {AS_TRAINED}.")

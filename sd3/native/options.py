@@ -130,7 +130,7 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
         whole("max_sequence_length", 77, "tokens that T5 reads of a prompt, in training and validation", PROMPT_TOKENS),
         switch("train_text_encoder", "train text encoders too: all three, and for a LoRA the two CLIP ones"),
         whole("rank", 4, "inner width of the LoRA matrices", LORA_RANK),
-        text("lora_layers", None, "modules in a block that get a LoRA, by comma; else all of the attention"),
+        text("lora_layers", None, "modules in a block that get a LoRA, by comma; else all of attn, without attn2"),
         text("lora_blocks", None, "numbers of the blocks that get a LoRA, by comma; else all"),
     ),
     "data": (
