@@ -63,5 +63,14 @@ class PeakMemory:
 def _resident_bytes() -> int:
     """Memory of this process that is no file: weights mapped from a file and not yet read would not count on a CPU,
     but they would on a device. Weights in float16 files, as published, are copied when they become float32."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+    return anonymous_bytes("self")
+
+
+def anonymous_bytes(process: int | str) -> int:
+    """Memory of a process, by its number, that is no file; 0 where it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    _, found, rest = status.partition("RssAnon:")  # a process that has ended and was not waited for has none
+    return int(rest.split()[0]) * 1024 if found else 0

@@ -1,0 +1,1 @@
+"""Paired runs that measure what this project costs."""
