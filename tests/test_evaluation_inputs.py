@@ -106,9 +106,10 @@ GOOD = {"image": {"bytes": b"x", "path": None}, "text": "a cat"}
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        ([GOOD], "holds 1 rows"), ([{"image": GOOD["image"], "words": "x"}] * 2, "no column text, it has image, words"),
-        ([GOOD, {"image": GOOD["image"], "text": " "}], "row 1 of .* has no caption"),
-        ([GOOD, {"image": {"bytes": None, "path": "gone.png"}, "text": "a"}], "row 1 of .* has no image"),
+        ([GOOD], "has 1 rows"),
+        ([{"image": GOOD["image"], "words": "x"}] * 2, "--caption-column=text is not a column of .* are image, words"),
+        ([GOOD, {"image": GOOD["image"], "text": " "}], "set, row 1 has no caption"),
+        ([GOOD, {"image": {"bytes": None, "path": "gone.png"}, "text": "a"}], "set, row 1 names gone.png"),
     ],
 )  # fmt: skip
 def test_an_unusable_data_set_is_explained(tmp_path: Path, rows: list[dict[str, object]], why: str) -> None:
@@ -119,7 +120,7 @@ def test_an_unusable_data_set_is_explained(tmp_path: Path, rows: list[dict[str, 
 
 
 def test_a_damaged_or_empty_data_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no .parquet file"):
+    with pytest.raises(UserError, match="has no .parquet file"):
         read_split(tmp_path, 0.1, 0)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="a.parquet cannot be read as parquet"):

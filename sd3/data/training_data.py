@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sd3.common.command_line import UserError
 from sd3.common.pictures import picture_files
@@ -43,6 +43,17 @@ class TrainingData:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
+class Spelling(NamedTuple):
+    """The options that a command calls the data by, for messages."""
+
+    dataset: str = "--dataset_name"
+    config: str = "--dataset_config_name"
+    split: str = "--dataset_split"
+    image_column: str = "--image_column"
+    caption_column: str = "--caption_column"
+    folder: str = "--input_dir"  # for a folder of images without captions
+
+
 @dataclass(frozen=True)
 class DataFlags:
     """Which data, in the words of the training scripts' flags; exactly one of `folder` and `dataset` is given."""
@@ -54,6 +65,7 @@ class DataFlags:
     image_column: str | None = "image"
     caption_column: str | None = None
     cache_dir: str | None = None
+    spelling: Spelling = Spelling()
 
 
 def read_training_data(flags: DataFlags) -> TrainingData:
@@ -132,46 +144,63 @@ def read_dataset(flags: DataFlags) -> TrainingData:
     """The rows of a data set: parquet files, an image folder with metadata, or a hub name.
 
     Raises:
-        UserError: it cannot be loaded; a split or column is not there; a row has no image or no text for a caption.
+        UserError: it cannot be loaded; a split or column is not there; a row has no image, or a caption
+            that is not text.
+    """
+    rows, image_column, caption_column = load_rows(flags)
+    name, root = flags.dataset or "", Path(flags.dataset or "")
+    local = root.exists()
+    captions = rows[caption_column][:] if caption_column else [None] * len(rows)
+    cells = rows.with_format("arrow")[:].column(image_column)
+    reader = _Cells(
+        name, root.resolve() if local else None, cells, _arrow_file(rows), _parquet_folders(root),
+        flags.spelling.caption_column,
+    )  # fmt: skip
+    images = [reader.image(row, caption) for row, caption in enumerate(captions)]
+    return TrainingData(images, _without_a_row(root, images) if local else [])
+
+
+def load_rows(flags: DataFlags) -> tuple[datasets.Dataset, str, str | None]:
+    """All columns of a data set, and the names of the one with images, undecoded, and of the one with captions.
+
+    Raises:
+        UserError: it cannot be loaded, or a split or column is not there.
     """
     import datasets
 
     name, root = flags.dataset or "", Path(flags.dataset or "")
     if not root.exists() and not HUB_NAME.fullmatch(name):
         raise UserError(
-            f"--dataset_name={name} is neither a directory nor a hub name; give a folder with parquet files."
+            f"{flags.spelling.dataset}={name} is neither a directory nor a hub name; give a folder with parquet files."
         )
-    local = root.exists()
-    if local:
-        _check_layout(name, root)
+    if root.exists():
+        _check_layout(f"{flags.spelling.dataset}={name}", root, flags.spelling.folder)
     rows = _rows(flags, name)
-    columns = _columns(flags, name, rows.column_names)
+    image_column, caption_column = _columns(flags, name, rows.column_names)
+    kind = rows.features[image_column]
     try:
-        kind = rows.features[columns[0]]
         if (small := _without_large_types(kind)) != kind:
-            rows = rows.cast_column(columns[0], small)
-        rows = rows.cast_column(columns[0], datasets.Image(decode=False))
+            rows = rows.cast_column(image_column, small)
+        return rows.cast_column(image_column, datasets.Image(decode=False)), image_column, caption_column
     except Exception as error:  # noqa: BLE001  # of datasets and pyarrow, with no common base
         raise UserError(
-            f"--image_column={columns[0]} of {name} has {rows.features[columns[0]]}, expected images "
+            f"{flags.spelling.image_column}={image_column} of {name} has {kind}, expected images "
             f"({type(error).__name__}); give the column with the images."
         ) from None
-    captions = rows[columns[1]][:] if columns[1] else [None] * len(rows)
-    cells = rows.with_format("arrow")[:].column(columns[0])
-    reader = _Cells(name, root.resolve() if local else None, cells, _arrow_file(rows), _parquet_folders(root))
-    images = [reader.image(row, caption) for row, caption in enumerate(captions)]
-    return TrainingData(images, _without_a_row(root, images) if local else [])
 
 
-def _check_layout(name: str, root: Path) -> None:
-    """Raise UserError where a local data set cannot be one: before `datasets` takes it for something else."""
+def _check_layout(named: str, root: Path, folder_option: str) -> None:
+    """Raise UserError where a local data set cannot be one, before `datasets` takes it for something else.
+
+    `named`: option and value, for messages; `folder_option`: the one for a folder of images.
+    """
     if not root.is_dir():
-        raise UserError(f"--dataset_name={name} is a file; give the folder that it is in.")
+        raise UserError(f"{named} is a file; give the folder that it is in.")
     files = sorted(root.rglob("*.parquet"))
     if not files and not any(root.rglob("metadata.*")):
         raise UserError(
-            f"--dataset_name={name} has no .parquet file and no metadata.jsonl or metadata.csv; for a folder of images "
-            f"use --input_dir={name}."
+            f"{named} has no .parquet file and no metadata.jsonl or metadata.csv; for a folder of images use "
+            f"{folder_option}={root}."
         )
     import pyarrow
     import pyarrow.parquet
@@ -186,7 +215,7 @@ def _check_layout(name: str, root: Path) -> None:
                 f"{file} cannot be read as parquet ({type(error).__name__}); download it again."
             ) from None
     if files and rows == 0:
-        raise UserError(f"--dataset_name={name} has no images, its tables have no rows; give another data set.")
+        raise UserError(f"{named} has no images, its tables have no rows; give another data set.")
 
 
 def _rows(flags: DataFlags, name: str) -> datasets.Dataset:
@@ -197,23 +226,26 @@ def _rows(flags: DataFlags, name: str) -> datasets.Dataset:
     except Exception as error:  # noqa: BLE001  # of datasets, its file systems, pyarrow and pandas
         cause = error.__cause__ or error
         why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise UserError(f"--dataset_name={name} cannot be loaded ({why}); see --dataset_config_name.") from None
+        raise UserError(
+            f"{flags.spelling.dataset}={name} cannot be loaded ({why}); see {flags.spelling.config}."
+        ) from None
     if flags.split not in splits:
         raise UserError(
-            f"--dataset_split={flags.split} is not a split of {name}, which has {', '.join(splits)}; give one of them."
+            f"{flags.spelling.split}={flags.split} is not a split of {name}, which has {', '.join(splits)}; give one "
+            "of them."
         )
     return splits[flags.split]
 
 
 def _columns(flags: DataFlags, name: str, there: Sequence[str]) -> tuple[str, str | None]:
     """The image column and the caption column."""
-    wanted = {"--image_column": flags.image_column or there[0], "--caption_column": flags.caption_column or None}
-    for option, column in wanted.items():
+    image_column, caption_column = flags.image_column or there[0], flags.caption_column or None
+    for option, column in (
+        (flags.spelling.image_column, image_column), (flags.spelling.caption_column, caption_column)
+    ):  # fmt: skip
         if column is not None and column not in there:
-            raise UserError(
-                f"{option}={column} is not a column of {name}; its columns are {', '.join(there)}."
-            )
-    return wanted["--image_column"], wanted["--caption_column"]
+            raise UserError(f"{option}={column} is not a column of {name}; its columns are {', '.join(there)}.")
+    return image_column, caption_column
 
 
 def _without_large_types(kind: Any) -> Any:  # noqa: ANN401  # a feature of `datasets`, which nests
@@ -249,6 +281,7 @@ class _Cells:
     cells: pyarrow.ChunkedArray
     file: Path | None
     folders: list[Path]
+    caption_option: str
 
     def image(self, row: int, caption: object) -> TrainingImage:
         where = f"{self.name}, row {row}"
@@ -256,7 +289,7 @@ class _Cells:
         inside = cell.is_valid and cell["bytes"].is_valid and len(cell["bytes"].as_buffer()) > 0
         if not inside and not (cell.is_valid and cell["path"].is_valid):
             raise UserError(f"{where} has no image; fix or remove the row.")
-        text = first_caption(caption, where)
+        text = first_caption(caption, where, self.caption_option)
         if inside:
             return TrainingImage(where, lambda: self.cells[row]["bytes"].as_py(), text, self.file and (self.file, row))
         file = self._file(str(cell["path"]), where)
@@ -278,16 +311,16 @@ class _Cells:
         return found
 
 
-def first_caption(caption: object, where: str) -> str | None:
+def first_caption(caption: object, where: str, option: str = "--caption_column") -> str | None:
     """A caption, or the first of several; a blank one counts as none.
 
     Raises:
-        UserError: it is not text; the message names the row `where`.
+        UserError: it is not text; the message names the row `where` and the `option` that chose the column.
     """
     if isinstance(caption, list | tuple):
         caption = caption[0] if caption else None
     if not isinstance(caption, str | None):
-        raise UserError(f"{where} has the caption {caption!r:.80}, expected text; see --caption_column.")
+        raise UserError(f"{where} has the caption {caption!r:.80}, expected text; see {option}.")
     return caption if caption and caption.strip() else None
 
 

@@ -1,25 +1,23 @@
-"""A captioned data set in its published layout (data/*.parquet), split by seed into training and held-out rows."""
+"""A captioned data set, its training split divided by seed into rows to train on and held-out rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sd3.common.command_line import UserError
 from sd3.common.files import new_directory
+from sd3.data.training_data import DataFlags, Spelling, TrainingImage, load_rows, read_training_data
 from sd3.evaluation.images import ImageSource
 
-if TYPE_CHECKING:
-    import pyarrow
-
-IMAGE_COLUMN = "image"
+# Without options for the rest: a published data set has its images in `image` and a `train` split.
+SPELLING = Spelling("--dataset", "--dataset", "--dataset", "--dataset", "--caption-column", "--reference-dir")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Held-out rows of a data set. `rows` are their numbers, from 0, through all files in order of their names."""
+    """Held-out rows of a data set. `rows` are their numbers, from 0, of its training split."""
 
     dataset: str
     seed: int
@@ -44,62 +42,41 @@ def held_out_rows(total: int, fraction: float, seed: int) -> list[int]:
     return sorted(ranked[:count])
 
 
-def _table(dataset: Path, caption_column: str) -> pyarrow.Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    files = sorted(dataset.rglob("*.parquet")) if dataset.is_dir() else []
-    if not files:
-        raise UserError(f"--dataset={dataset} holds no .parquet file; give the folder of a captioned data set.")
-    tables = []
-    for file in files:
-        try:
-            table = pyarrow.parquet.read_table(file)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{file} cannot be read as parquet ({type(error).__name__}); download it again.") from None
-        for column in (IMAGE_COLUMN, caption_column):
-            if column not in table.column_names:
-                raise UserError(
-                    f"{file} has no column {column}, it has {', '.join(table.column_names)}; "
-                    "name the captions' one with --caption-column."
-                )
-        tables.append(table)
-    whole = pyarrow.concat_tables(tables)
-    if whole.num_rows < 2:
-        raise UserError(f"--dataset={dataset} holds {whole.num_rows} rows; give one with at least 2.")
-    return whole
+def _flags(dataset: Path, caption_column: str) -> DataFlags:
+    return DataFlags(dataset=str(dataset), caption_column=caption_column, spelling=SPELLING)
 
 
-def _caption(cell: Any, name: str) -> str:
-    text = cell[0] if isinstance(cell, list) and cell else cell
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{name} has no caption; mend or remove the row.")
-    return " ".join(text.split())
+def _read(dataset: Path, caption_column: str) -> list[TrainingImage]:
+    found = read_training_data(_flags(dataset, caption_column)).images
+    if len(found) < 2:
+        raise UserError(f"--dataset={dataset} has {len(found)} rows; give one with at least 2.")
+    return found
 
 
-def _image(cell: Any, dataset: Path, name: str) -> ImageSource:
-    content = cell.get("bytes") if isinstance(cell, dict) else None
-    if content:
-        return ImageSource(name, content=content)
-    path = cell.get("path") if isinstance(cell, dict) else None
-    if path and (dataset / path).is_file():
-        return ImageSource(str(dataset / path), dataset / path)
-    raise UserError(f"{name} has no image; mend or remove the row.")
+def _caption(image: TrainingImage) -> str:
+    if image.caption is None:
+        raise UserError(f"{image.name} has no caption; fix or remove the row.")
+    return " ".join(image.caption.split())
+
+
+def _source(image: TrainingImage) -> ImageSource:
+    file, row = image.origin or (None, None)
+    if file is None or row is not None:
+        return ImageSource(image.name, content=image.content())
+    return ImageSource(str(file), file)
 
 
 def read_split(dataset: Path, fraction: float, seed: int, caption_column: str = "text") -> Split:
-    """The held-out rows of a data set.
+    """The held-out rows of a data set's training split.
 
     Raises:
         UserError: it cannot be read, or a held-out row lacks its image or caption.
     """
-    table = _table(dataset, caption_column)
-    rows = held_out_rows(table.num_rows, fraction, seed)
-    cells = table.select([IMAGE_COLUMN, caption_column]).take(rows).to_pylist()
-    names = [f"row {row} of {dataset}" for row in rows]
-    captions = [_caption(cell[caption_column], name) for cell, name in zip(cells, names, strict=True)]
-    images = [_image(cell[IMAGE_COLUMN], dataset, name) for cell, name in zip(cells, names, strict=True)]
-    return Split(str(dataset), seed, fraction, table.num_rows, rows, captions, images)
+    images = _read(dataset, caption_column)
+    rows = held_out_rows(len(images), fraction, seed)
+    kept = [images[row] for row in rows]
+    captions = [_caption(image) for image in kept]
+    return Split(str(dataset), seed, fraction, len(images), rows, captions, [_source(image) for image in kept])
 
 
 def write_training_rows(dataset: Path, output: Path, fraction: float, seed: int, caption_column: str = "text") -> int:
@@ -111,18 +88,21 @@ def write_training_rows(dataset: Path, output: Path, fraction: float, seed: int,
     import datasets
     import pyarrow.parquet
 
-    table = _table(dataset, caption_column)
-    held_out = set(held_out_rows(table.num_rows, fraction, seed))
-    kept = table.take([row for row in range(table.num_rows) if row not in held_out])
-    # The schema must say that the column is a picture, or the training script would see bare bytes.
-    features = datasets.Features.from_arrow_schema(kept.schema)
-    features[IMAGE_COLUMN] = datasets.Image()
+    images = _read(dataset, caption_column)
+    held_out = set(held_out_rows(len(images), fraction, seed))
+    numbers = [row for row in range(len(images)) if row not in held_out]
+    rows, image_column, _ = load_rows(_flags(dataset, caption_column))
+    # Files beside the tables do not move with them: every row gets its image's bytes.
+    cells = [{"bytes": images[row].content(), "path": None} for row in numbers]
+    features = datasets.Features({**rows.features, image_column: datasets.Image()})
+    table = rows.select(numbers).with_format("arrow")[:]
+    place = table.column_names.index(image_column)
+    kind = features.arrow_schema.field(image_column)
+    table = table.set_column(place, kind, pyarrow.array(cells, kind.type)).cast(features.arrow_schema)
     try:
         with new_directory(output, "--training-split") as aside:
             (aside / "data").mkdir()
-            pyarrow.parquet.write_table(
-                kept.cast(features.arrow_schema), aside / "data" / "train-00000-of-00001.parquet"
-            )
+            pyarrow.parquet.write_table(table, aside / "data" / "train-00000-of-00001.parquet")
     except OSError as error:
         raise UserError(str(error)) from None
-    return kept.num_rows
+    return len(numbers)
