@@ -405,3 +405,19 @@ def test_encoders_are_one_module_in_the_order_of_the_pipeline(tiny_model: Path) 
 )
 def test_channels_last_only_where_the_device_accepts_it(device: str, expected: torch.memory_format) -> None:
     assert precompute_module.convolution_format(device) == expected
+
+
+@pytest.mark.parametrize("library", ["torch", "pillow", "diffusers", "transformers", "tokenizers"])
+def test_entries_of_other_library_versions_are_not_used(
+    tmp_path: Path, tiny_model: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    before = set(fill(tmp_path, tiny_model, files[:1]))
+    found = precompute_module.package_versions
+    monkeypatch.setattr(
+        precompute_module, "package_versions",
+        lambda names: {name: "0" if name == library else known for name, known in found(names).items()},
+    )  # fmt: skip
+    after = set(fill(tmp_path, tiny_model, files[:1]))
+    of_latents = library in precompute_module.LATENT_LIBRARIES
+    of_prompts = library in precompute_module.PROMPT_LIBRARIES
+    assert len(after - before) == of_latents * 1 + of_prompts * len(CAPTIONS)

@@ -8,8 +8,9 @@ import json
 import platform
 import socket
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from sd3.common.package_versions import package_versions
 
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -39,12 +40,7 @@ def patched_scripts() -> dict[str, object]:
 
 def environment(device: str, engine: str) -> dict[str, object]:
     """Versions of the packages present, the device's name, and the engine; nothing of the user's environment."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions = package_versions(PACKAGES)
     names: list[str] = []
     if device != "cpu":
         import torch

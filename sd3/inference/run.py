@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd3.common.command_line import UserError, make_output_dir
 from sd3.common.model_files import largest_side
+from sd3.common.package_versions import package_versions
 from sd3.common.pictures import PictureError, Recipe, read_recipe, save_picture
 from sd3.inference.options import Defaults, Options, parse
 from sd3.inference.ranks import Ranks
@@ -242,10 +242,4 @@ def check_dtype(device: str, dtype: str) -> None:
 
 def versions(device: str) -> dict[str, str]:
     """Versions of the packages that paint, and the kind of device: what a recipe leaves open."""
-    found = {"device": device}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"device": device, **package_versions(PACKAGES)}

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from sd3.common.command_line import UserError
 from sd3.common.model_files import content_hash
 from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
+from sd3.common.package_versions import package_versions
 from sd3.native.cache import Cache, Shapes, Tensors, compute_missing
 from sd3.native.pictures import View, identity
 from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
@@ -28,6 +29,9 @@ from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load
 logger = logging.getLogger(__name__)
 PICTURES_A_BATCH = 4  # of the VAE, whose activations are large
 CAPTIONS_A_BATCH = 8
+# The libraries that latents and embeds are computed with: between two versions, entries differ in their last bits.
+LATENT_LIBRARIES = ("torch", "torchvision", "pillow", "diffusers")
+PROMPT_LIBRARIES = ("torch", "transformers", "tokenizers", "ftfy")
 VAE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What bfloat16 training does to the latents anyway: rounding to 8 bits, relative to their root mean square.
 NEGLIGIBLE = 2.0**-9
@@ -54,7 +58,10 @@ class Precompute:
         names = [view.key(self.options.resolution, *known[view.content]) for view in views]
         distinct = dict(zip(names, views, strict=True))  # the same square is encoded once
         to_encode = list(distinct.values())
-        vae_facts = {"vae": content_hash([self.model / "vae"]), "variant": self.options.variant}
+        vae_facts = {
+            "vae": content_hash([self.model / "vae"]), "variant": self.options.variant,
+            "libraries": package_versions(LATENT_LIBRARIES),
+        }  # fmt: skip
         tried = Cache.key(what="vae in float16 1", views=list(distinct)[:PICTURES_A_BATCH], **vae_facts)
         dtype = self._vae_dtype(tried, to_encode)
         keys = {name: Cache.key(what="latents 2", view=name, dtype=str(dtype), **vae_facts) for name in distinct}
@@ -110,10 +117,11 @@ class Precompute:
     def prompts(self, captions: Sequence[str], dtype: torch.dtype, t5_tokens: int) -> list[str]:
         """Keys of the captions' embeds: `prompt` [77 + t5_tokens, D] and `pooled` [P], of the encoders in `dtype`."""
         parts = content_hash(self.model / name for name in (*ENCODERS, *TOKENIZERS))
+        libraries = package_versions(PROMPT_LIBRARIES)
         keys = [
             Cache.key(
                 what="prompt 2", caption=caption, t5_tokens=t5_tokens, parts=parts, variant=self.options.variant,
-                dtype=str(dtype),
+                dtype=str(dtype), libraries=libraries,
             )
             for caption in captions
         ]
