@@ -186,3 +186,13 @@ def test_a_port_in_use_is_named() -> None:
         settings = {"machine_rank": "0", "num_processors": "2", "num_machines": "1", "main_process_port": port}
         assert f"--main_process_port={port} cannot be used" in only(preflight.check_port(settings))
         assert preflight.check_port({**settings, "machine_rank": "1", "num_machines": "2"}) == []
+
+
+def test_flags_that_do_nothing_are_noted_for_the_scripts_too(
+    tiny_model: Path, dog_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_of(f"--instance_data_dir={dog_dir}", "--image_column=jpg", "--dataset_split=test")
+    for engine, expected in (("diffusers", 2), ("native", 0)):
+        assert preflight.check(settings_of(tiny_model, tmp_path, engine=engine), flags)[0] == []
+        noted = capsys.readouterr().err.splitlines()
+        assert len([line for line in noted if "does nothing without --dataset_name" in line]) == expected

@@ -20,7 +20,7 @@ from pathlib import Path
 from sd3.common.command_line import UserError
 from sd3.common.model_files import check_model, safetensors_parameters, weight_files
 from sd3.data.summary import DataSummary
-from sd3.native.options import NATIVE_ONLY, data_flags, read
+from sd3.native.options import NATIVE_ONLY, data_flags, notes_on, read
 
 
 def existing_parent(path: Path) -> Path:
@@ -129,6 +129,9 @@ def check(settings: dict[str, str], given: Sequence[str]) -> tuple[list[str], Da
     model = Path(settings["model_name"])
     problems, summary = check_training_data(settings, options, model if model.is_dir() and not of_model else None)
     flags = check_flags(settings, options, given)
+    if settings["engine"] == "diffusers":  # the native engine notes it by itself
+        for note in notes_on(options):
+            print(f"note: {note}", file=sys.stderr)
     return [*flags, *of_model, *problems, *check_output(settings), *check_port(settings)], summary
 
 

@@ -279,7 +279,7 @@ def parse(kind: str, arguments: Sequence[str] | None = None) -> argparse.Namespa
     """As `read`; what was given and does nothing is noted on standard error, once for all ranks of a machine."""
     options = read(kind, arguments)
     if options.local_rank in (-1, 0):
-        for note in _notes(options):
+        for note in notes_on(options):
             print(f"note: {note}", file=sys.stderr)
     return options
 
@@ -335,12 +335,18 @@ def _check_packages(options: argparse.Namespace) -> None:
             )
 
 
-def _notes(options: argparse.Namespace) -> list[str]:
+def notes_on(options: argparse.Namespace) -> list[str]:
     """What was given but does nothing, or less than it says."""
     notes = []
     if not options.with_prior_preservation:
         idle = [name for name in ("class_data_dir", "class_prompt") if getattr(options, name) is not None]
         notes += [f"--{name} does nothing without --with_prior_preservation." for name in idle]
+    if options.dataset_name is None:
+        idle = {"dataset_split": "train", "image_column": "image", "caption_column": None, "dataset_config_name": None}
+        notes += [
+            f"--{name} does nothing without --dataset_name." for name, usual in idle.items()
+            if getattr(options, name) != usual
+        ]  # fmt: skip
     if options.checkpointed_blocks != "all" and not options.gradient_checkpointing:
         notes.append("--checkpointed_blocks does nothing without --gradient_checkpointing.")
     if options.profile and options.max_train_steps and options.max_train_steps < PROFILE_WARM_UP + options.profile:
