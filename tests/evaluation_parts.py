@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from sd3.common.pictures import Recipe, save_picture
 from sd3.evaluation.candidates import Candidate
-from sd3.evaluation.painting import Inference
+from sd3.evaluation.painting import Inference, Origin
+from sd3.inference.options import Options
 
 SIDE = 32
 PATCH = 8
@@ -94,15 +95,17 @@ class FakeInference(Inference):
 
     def __init__(self, status: int = 0, paints: bool = True) -> None:
         """`status` is what each call returns; pictures are written only with 0."""
+        super().__init__()
         self.status = status
         self.paints = paints
         self.calls: list[list[str]] = []
         self.trained = 0  # how often the models were trained again in their places
         self.made: list[Path] = []
 
-    def hashes(self, candidate: Candidate, local_files_only: bool) -> tuple[str, str]:
-        """Other ones after another training."""
-        return self._hash(candidate.model), self._hash(candidate.lora) if candidate.lora else ""
+    def origin(self, candidate: Candidate, options: Options, local_files_only: bool) -> Origin:
+        """Other hashes after another training."""
+        lora_hash = self._hash(candidate.lora) if candidate.lora else ""
+        return Origin(self._hash(candidate.model), lora_hash, options.max_sequence_length or 256)
 
     def _hash(self, name: str) -> str:
         return f"{name} {self.trained}"
@@ -118,7 +121,7 @@ class FakeInference(Inference):
         options = parse(arguments, TEXT_TO_IMAGE)
         changes: dict[str, object] = {
             "steps": options.steps, "dtype": options.dtype, "model": options.model,
-            "model_hash": self._hash(options.model),
+            "max_sequence_length": options.max_sequence_length or 256, "model_hash": self._hash(options.model),
         }  # fmt: skip
         if options.lora:
             changes |= {"lora": options.lora, "lora_hash": self._hash(options.lora), "lora_scale": 1.0}

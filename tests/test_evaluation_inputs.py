@@ -21,6 +21,8 @@ from sd3.evaluation.candidates import (
 from sd3.evaluation.images import decode, images_in
 from sd3.evaluation.painting import GenerationFailed, Inference, paint
 from sd3.evaluation.prompts import SETS, class_noun_of, read_prompts, text_for_clip
+from sd3.inference.options import parse
+from sd3.inference.run import TEXT_TO_IMAGE
 from sd3.inference.sources import find_sources
 
 PROMPTS = ["a photo of sks dog", "a sketch of sks dog"]
@@ -269,11 +271,13 @@ def test_a_label_moves_no_pictures_and_a_dtype_or_lora_does(tmp_path: Path) -> N
     assert len(set(places)) == 3
 
 
-def test_the_hashes_are_those_of_the_recipes(tiny_model: Path) -> None:
-    model_hash, lora_hash = Inference().hashes(Candidate("a", model=str(tiny_model)), local_files_only=True)
-    assert (model_hash, lora_hash) == (find_sources(str(tiny_model)).model_hash(), "")
+def test_the_origin_is_that_of_the_recipes(tiny_model: Path) -> None:
+    candidate = Candidate("a", model=str(tiny_model))
+    for flags, tokens in (([], 256), (["--max-sequence-length=99"], 99)):
+        found = Inference().origin(candidate, parse([f"--model={tiny_model}", *flags], TEXT_TO_IMAGE), True)
+        assert found == (find_sources(str(tiny_model)).model_hash(), "", tokens)
     with pytest.raises(UserError, match="--lora=gone does not exist"):
-        Inference().hashes(Candidate("a", model=str(tiny_model), lora="gone"), local_files_only=True)
+        Inference().origin(Candidate("a", model=str(tiny_model), lora="gone"), parse([], TEXT_TO_IMAGE), True)
 
 
 def test_failed_painting_keeps_its_status(tmp_path: Path) -> None:

@@ -121,13 +121,6 @@ def test_entries_are_the_pipelines_embeds(dtype: torch.dtype, length: int, tiny_
         torch.testing.assert_close(one["pooled"], pooled[row], **tolerance)
 
 
-def test_captions_that_clip_cuts_are_counted(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    Precompute(given(tmp_path), tiny_model, Ranks()).prompts(["a dog", "a" * 75, "a" * 76], torch.float32, 77)
-    assert "1 of 3 captions are longer than CLIP's 77 tokens" in caplog.text
-
-
 def test_a_picture_that_is_repeated_is_encoded_once(files: list[Path], tiny_model: Path, tmp_path: Path) -> None:
     precompute = Precompute(given(tmp_path), tiny_model, Ranks())
     keys = precompute.latents([view(files[0]), view(files[1]), view(files[0])])

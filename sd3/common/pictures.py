@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SLUG_LENGTH = 40
+# Recipes of images made before this field was kept had this value, and their digests know nothing of it.
+_LENGTH, _USUAL_LENGTH = "max_sequence_length", 256
 # Where a part was found changes no pixel; what it holds is in its hash.
 _PLACES = ("model", "lora", "image")
 
@@ -33,7 +35,7 @@ class Recipe:
     """Everything a picture depends on, and where its parts were found (`model`, `lora`, `image`).
 
     The hashes are those of sd3.common.model_files and, for the image, SHA-256 of the file. Without a LoRA or an image
-    their fields are empty and `lora_scale` and `strength` are 0.
+    their fields are empty and `lora_scale` and `strength` are 0. T5 reads `max_sequence_length` tokens of a prompt.
     """
 
     prompt: str
@@ -53,10 +55,13 @@ class Recipe:
     image_hash: str = ""
     strength: float = 0.0
     vae_tiling: bool = False
+    max_sequence_length: int = _USUAL_LENGTH
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that can change a pixel."""
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in _PLACES}
+        if self.max_sequence_length == _USUAL_LENGTH:
+            del kept[_LENGTH]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def file_name(self) -> str:
@@ -89,7 +94,7 @@ def read_recipe(path: Path) -> Recipe:
     try:
         # Text chunks that stand before the pixels are in `info`; asking for `text` would decode the picture.
         with Image.open(path) as image:
-            chunks = dict(image.info)
+            chunks = {_LENGTH: str(_USUAL_LENGTH), **image.info}
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PictureError(f"{path} cannot be read as a picture ({error}); name a PNG file.") from None
     values: dict[str, object] = {}

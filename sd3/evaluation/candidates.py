@@ -14,7 +14,8 @@ from sd3.common.pictures import Recipe, pictures_in
 
 KEYS = ("label", "model", "lora")
 # A difference in one of these is no difference between the models, and is said in the report.
-SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "dtype", "lora_scale", "strength")
+SETTINGS = ("negative_prompt", "steps", "guidance_scale", "height", "width", "dtype", "lora_scale", "strength",
+            "max_sequence_length")  # fmt: skip
 Key = tuple[str, int]  # prompt, seed
 
 

@@ -133,9 +133,9 @@ class ClipModel(_TransformersModel):
         """See FeatureModel."""
         return self._model.get_image_features(pixel_values=self._pixels(images)).cpu()
 
-    def is_cut(self, text: str) -> bool:
-        """Whether the text is longer than the model can read."""
-        return len(self._tokenizer(text, truncation=False, verbose=False).input_ids) > self.text_length
+    def token_count(self, text: str) -> int:
+        """Tokens of the whole text, start and end included; the model reads `text_length` of them."""
+        return len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], batch_size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sd3.common.command_line import UserError
+from sd3.data.caption_lengths import EncoderCut, cut_sentence
 from sd3.evaluation.candidates import PictureSet
 from sd3.evaluation.feature_cache import FeatureCache
 from sd3.evaluation.feature_models import ClassTokenModel, ClipModel, FeatureModel, load_kid_model
@@ -108,11 +109,10 @@ class _Worker:
             rows = np.array([distinct.index(text) for text in texts])
             embedded = model.embed_texts(distinct, request.batch_size).numpy()
             self.measured.values["clip-t"] = [prompt_fidelity(each, embedded, rows) for each in features]
-            if cut := sum(model.is_cut(text) for text in distinct):
-                self.measured.notes.append(
-                    f"{cut} of {len(distinct)} texts are longer than the {model.text_length} tokens that the CLIP "
-                    "model reads; CLIP-T knows their beginning only."
-                )
+            over = [count for count in map(model.token_count, distinct) if count > model.text_length]
+            cut = EncoderCut(f"the CLIP model {request.clip_model}", model.text_length, len(over), max(over, default=0))
+            if sentence := cut_sentence([cut], len(distinct), "texts of CLIP-T"):
+                self.measured.notes.append(sentence)
         if "clip-i" in request.metrics:
             references = self._features(model, request.subject)
             self.measured.values["clip-i"] = [subject_fidelity(each, references) for each in features]

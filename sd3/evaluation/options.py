@@ -13,7 +13,7 @@ from sd3.evaluation.names import METRICS
 from sd3.evaluation.prompts import class_noun_of
 
 # Handed to the inference code with their values; a flag that is not given keeps the default there.
-PAINTING = ("steps", "guidance_scale", "height", "width", "dtype")
+PAINTING = ("steps", "guidance_scale", "height", "width", "dtype", "max_sequence_length")
 NEEDS = {
     "clip-i": ("subject_dir", "--subject-dir"),
     "dino": ("subject_dir", "--subject-dir"),
@@ -72,6 +72,8 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     add("--height", metavar="N", help="height in pixels, a multiple of 16")
     add("--width", metavar="N", help="width in pixels, a multiple of 16")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="precision of painting; features are float32")
+    add("--max-sequence-length", metavar="N", help="tokens that T5 reads of a prompt, 77 to 512 (default: of each "
+        "candidate as it was trained, else 256)")  # fmt: skip
     add("--painting-batch-size", type=int, metavar="N", help="pictures painted at once (default 1)")
 
     measuring = parser.add_argument_group("measuring")

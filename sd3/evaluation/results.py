@@ -140,7 +140,7 @@ def _ordered(found: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
 def _origin(pictures: PictureSet) -> dict[str, Any]:
     """Model and settings of a set, as its recipes have them; a list where they are not all the same."""
     names = ("model", "model_hash", "lora", "lora_hash", "lora_scale", "steps", "guidance_scale", "height", "width",
-             "dtype")  # fmt: skip
+             "dtype", "max_sequence_length")  # fmt: skip
     found = {}
     for name in names:
         values = list(dict.fromkeys(getattr(recipe, name) for recipe in pictures.recipes))

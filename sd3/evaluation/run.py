@@ -45,7 +45,8 @@ def evaluate(options: argparse.Namespace, inference: Inference) -> dict[str, Any
     measured = measure(sets, request, options.cache_dir)
     captions = references.split.captions if references.split else None
     results = summarize(sets, measured, options.metrics, text_of, options.resamples, captions)
-    results["notes"] = [*unequal_settings(sets), *results["notes"], *options.omitted]
+    generated = [note.removeprefix("note: ") for note in inference.notes]
+    results["notes"] = [*generated, *unequal_settings(sets), *results["notes"], *options.omitted]
     results["settings"] = {
         "device": device, "subject": options.subject, "class_noun": options.class_noun, "seeds": sets[0].seeds(),
         "resamples": options.resamples, "subject_pictures": [source.name for source in references.subject],
@@ -55,7 +56,7 @@ def evaluate(options: argparse.Namespace, inference: Inference) -> dict[str, Any
     write_text(options.output_dir / "metrics.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_report(options.output_dir / "report.html", results, sets, references.subject)
     print(table(results))
-    for note in results["notes"]:
+    for note in results["notes"][len(generated) :]:  # those were printed before the images were made
         print(f"note: {note}")
     print(f"written: {options.output_dir / 'metrics.json'} {options.output_dir / 'report.html'}")
     return results

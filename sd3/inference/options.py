@@ -14,6 +14,7 @@ from sd3.inference.prompts import Prompt, read_prompts
 DTYPES = ("float16", "bfloat16", "float32")
 SEED_LIMIT = 2**64  # torch.Generator takes an unsigned 64-bit seed
 SIDE_LIMITS = (64, 4096)
+LENGTH_LIMITS = (77, 512)  # the library takes no more, and training no less by default
 # Above this many pixels the VAE decodes in tiles, unless --vae-tiling says otherwise: its activations grow with the
 # area, and at 1024x1024 they already take gigabytes.
 UNTILED_PIXELS = 1536 * 1536
@@ -58,6 +59,7 @@ class Options:
     lora_scale: float
     image: str
     strength: float
+    max_sequence_length: int | None  # None: as the model was trained
     local_files_only: bool
     overwrite: bool
     compile: bool
@@ -99,6 +101,8 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     add("--lora-scale", metavar="X", help="how strongly the LoRA counts (default 1)")
     add("--image", metavar="FILE|URL", help=f"picture to start from (default {defaults.image or 'none'})")
     add("--strength", metavar="X", help=f"how much of that picture is painted over, to 1 (default {defaults.strength})")
+    add("--max-sequence-length", metavar="N", help="tokens that T5 reads of a prompt, 77 to 512 (default: as the model "
+        "or LoRA was trained, else 256)")  # fmt: skip
     add("--local-files-only", action="store_true", help="never ask the hub")
     add("--overwrite", action="store_true", help="make pictures again that are there already")
     add("--like", type=Path, metavar="PICTURE", help="make this picture again: its recipe replaces the defaults")
@@ -156,6 +160,7 @@ def parse(arguments: Sequence[str], defaults: Defaults) -> Options:
         lora_scale=_number("--lora-scale", lora_scale, -10, 10),
         image=str(first("image", defaults.image)),
         strength=_number("--strength", strength, 0, 1),
+        max_sequence_length=_length(given.max_sequence_length, like),
         local_files_only=given.local_files_only,
         overwrite=given.overwrite or like is not None,
         compile=given.compile,
@@ -174,6 +179,12 @@ def parse(arguments: Sequence[str], defaults: Defaults) -> Options:
             f"note: negative prompts count only with --guidance-scale above 1; it is {options.guidance_scale:g}."
         )
     return options
+
+
+def _length(given: str | None, like: Recipe | None) -> int | None:
+    if given is not None:
+        return _integer("--max-sequence-length", given, *LENGTH_LIMITS)
+    return _integer("--like: max_sequence_length", like.max_sequence_length, 1, LENGTH_LIMITS[1]) if like else None
 
 
 def _recipe_of(path: Path) -> Recipe:

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import pad
 
 from sd3.common.command_line import UserError
+from sd3.common.trained_length import DEFAULT
 from sd3.inference.weights import ENCODERS, Weights, release, told_of_memory
 
 if TYPE_CHECKING:
@@ -22,20 +23,26 @@ if TYPE_CHECKING:
 
     from sd3.common.pictures import Recipe
 
-T5_TOKENS = 256  # the pipeline's default max_sequence_length
+T5_TOKENS = DEFAULT  # what T5 reads of a prompt unless something else is asked for
 
 
 class Embeds(NamedTuple):
-    """A prompt as the transformer reads it: `prompt` (1, 77 + 256, width of T5), `pooled` (1, sum of CLIP widths)."""
+    """A prompt as the transformer reads it.
+
+    `prompt` (1, 77 + tokens that T5 reads, width of T5), `pooled` (1, sum of CLIP widths).
+    """
 
     prompt: torch.Tensor
     pooled: torch.Tensor
 
 
 @torch.no_grad()
-def encode_prompts(weights: Weights, texts: Iterable[str], device: torch.device) -> dict[str, Embeds]:
+def encode_prompts(
+    weights: Weights, texts: Iterable[str], device: torch.device, t5_tokens: int = T5_TOKENS
+) -> dict[str, Embeds]:
     """Embeds of each distinct text, in host memory; the same as StableDiffusion3Pipeline.encode_prompt makes.
 
+    T5 reads `t5_tokens` of a text.
     One encoder is on the device at a time: T5 alone is larger than all the rest of SD3 medium.
     """
     texts = list(dict.fromkeys(texts))
@@ -45,7 +52,7 @@ def encode_prompts(weights: Weights, texts: Iterable[str], device: torch.device)
         with told_of_memory(device.type, f"{part} alone does not fit; use --dtype=float16, another device or the cpu"):
             tokenizer, encoder = weights.text_encoder(part, device)
         is_t5 = part == "text_encoder_3"
-        length = T5_TOKENS if is_t5 else tokenizer.model_max_length
+        length = t5_tokens if is_t5 else tokenizer.model_max_length
         for text in texts:
             tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             output = encoder(tokens.input_ids.to(device), output_hidden_states=not is_t5)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sd3.common.command_line import UserError, make_output_dir
 from sd3.common.model_files import largest_side
@@ -40,11 +40,16 @@ def main(defaults: Defaults) -> int:
     return generate(sys.argv[1:], defaults)
 
 
-def generate(arguments: Sequence[str], defaults: Defaults = TEXT_TO_IMAGE) -> int:
-    """Paint what the flags ask for and return the exit status; what a user did wrong is said in one sentence."""
+def generate(
+    arguments: Sequence[str], defaults: Defaults = TEXT_TO_IMAGE, printed: list[str] | None = None
+) -> int:
+    """Paint what the flags ask for and return the exit status; what a user did wrong is said in one sentence.
+
+    `printed`: notes that were printed before and are not to be printed again; new ones are added.
+    """
     ranks = Ranks()
     try:
-        _run(parse(arguments, defaults), ranks)
+        _run(parse(arguments, defaults), ranks, [] if printed is None else printed)
     except UserError as error:
         ranks.say(str(error))
         return error.status
@@ -54,7 +59,7 @@ def generate(arguments: Sequence[str], defaults: Defaults = TEXT_TO_IMAGE) -> in
     return 0
 
 
-def _run(options: Options, ranks: Ranks) -> None:
+def _run(options: Options, ranks: Ranks, printed: list[str]) -> None:
     ranks.take_device(options.device)
     dtype = options.dtype or ("float32" if ranks.device == "cpu" else "float16")
     check_dtype(ranks.torch_device, dtype)
@@ -63,7 +68,9 @@ def _run(options: Options, ranks: Ranks) -> None:
     plan = ranks.share(make_plan(options, dtype) if ranks.first else None)
     if ranks.first:
         for note in options.notes:
-            print(note, file=sys.stderr)
+            if note not in printed:
+                print(note, file=sys.stderr)
+                printed.append(note)
         there = len(plan.pictures) - len(plan.missing)
         if there:
             print(f"{there} of {len(plan.pictures)} pictures are there already; --overwrite makes them again.")
@@ -89,10 +96,11 @@ def make_plan(options: Options, dtype: str) -> Plan:
     start, image_hash = read_image(options.image) if options.image else (None, "")
     sources = find_sources(options.model, options.lora, options.local_files_only, options.default_lora)
     _check_size(options, sources)
+    tokens = prompt_tokens(options, sources)
     common = {
         "steps": options.steps, "guidance_scale": options.guidance_scale, "height": options.height,
         "width": options.width, "dtype": dtype, "model": _place(options.model), "model_hash": sources.model_hash(),
-        "vae_tiling": options.vae_tiling,
+        "vae_tiling": options.vae_tiling, "max_sequence_length": tokens.count,
     }  # fmt: skip
     if sources.lora:
         common |= {"lora": _place(str(sources.lora)), "lora_hash": sources.lora_hash()}
@@ -105,12 +113,48 @@ def make_plan(options: Options, dtype: str) -> Plan:
         for prompt in options.prompts
         for seed in options.seeds
     ]
+    options.notes += [note for note in (tokens.note, _cut_note(options, sources, tokens.count)) if note]
     if options.like and options.like[1].digest() not in {recipe.digest() for recipe in recipes}:
         _explain_difference(options, recipes[0])
     pictures = [(_target(options, recipe), recipe) for recipe in recipes]
     make_output_dir(options.output_dir)
     missing = [(path, recipe) for path, recipe in pictures if options.overwrite or not _is_there(path, recipe)]
     return Plan(sources, pictures, missing, start)
+
+
+class PromptTokens(NamedTuple):
+    """How many tokens T5 reads of a prompt, and a note that says why, empty where it is the usual number."""
+
+    count: int
+    note: str
+
+
+def prompt_tokens(options: Options, sources: Sources) -> PromptTokens:
+    """The length that the flags or --like ask for, else that of the training, else the library's default.
+
+    Raises:
+        UserError: the model or the LoRA states a length that is none.
+    """
+    from sd3.common.trained_length import DEFAULT, find_trained_length
+
+    count, why = options.max_sequence_length, "as asked for"
+    if count is None and (trained := find_trained_length(sources.length_records)):
+        count, why = trained.tokens, f"as in training ({trained.file}); --max-sequence-length changes that"
+    if count in (None, DEFAULT):
+        return PromptTokens(DEFAULT, "")
+    return PromptTokens(count, f"T5 reads {count} tokens of a prompt, {why}.")
+
+
+def _cut_note(options: Options, sources: Sources, t5_tokens: int) -> str:
+    """Which prompts lose their ends, empty where none does."""
+    from sd3.data.caption_lengths import cut_sentence, cuts_by_folder
+
+    texts = [prompt.text for prompt in options.prompts]
+    if options.guidance_scale > 1:
+        texts += [prompt.negative for prompt in options.prompts if prompt.negative]
+    texts = list(dict.fromkeys(texts))
+    sentence = cut_sentence(cuts_by_folder(texts, sources.parts, t5_tokens), len(texts), "prompts")
+    return f"note: {sentence}" if sentence else ""
 
 
 def _place(name: str) -> str:
@@ -177,7 +221,7 @@ def _paint(options: Options, dtype: str, plan: Plan, ranks: Ranks) -> None:
             texts = [recipe.prompt for _, recipe in own]
             if options.guidance_scale > 1:
                 texts += [recipe.negative_prompt for _, recipe in own]
-            embeds = encode_prompts(weights, texts, device)
+            embeds = encode_prompts(weights, texts, device, own[0][1].max_sequence_length)
             painter = Painter(
                 weights, device, plan.start, options.offload, compiled=options.compile, tiling=options.vae_tiling
             )

@@ -19,22 +19,27 @@ from sd3.common.model_files import (
     missing_files,
     tensor_shapes,
 )
+from sd3.common.trained_length import INDEX, RUN_SETTINGS
 from sd3.model.lora_file import PARTS as LORA_PARTS
 from sd3.model.lora_file import PEFT_FILE, LoraFile, read_lora
 from sd3.model.lora_settings import LoraError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 GIVE_LORA = "give a LoRA file, or the run directory or a checkpoint of a LoRA fine-tune"
-RUN_SETTINGS = "run_settings.json"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the parts of a pipeline lie (`parts`: folder of each by its name), and the LoRA file if there is one."""
+    """Where the parts of a pipeline lie (`parts`: folder of each by its name), and the LoRA file if there is one.
+
+    `length_records`: files that may say how long prompts were in training, the one that counts most first; see
+    sd3.common.trained_length.
+    """
 
     name: str
     parts: dict[str, Path]
     lora_file: LoraFile | None = None
+    length_records: tuple[Path, ...] = ()
 
     @property
     def lora(self) -> Path | None:
@@ -71,19 +76,20 @@ def find_sources(
         if wrong:
             raise UserError(f"--model={model} is damaged: {'; '.join(wrong)}; use another checkpoint.")
         if trained:
-            return _with_lora(model, {**base.parts, **trained}, given)
+            own_records = (*_settings_files(root), *base.length_records)
+            return _with_lora(model, {**base.parts, **trained}, given, own_records)
         if (own := root / LORA_FILE).is_file():
             if lora and Path(lora).resolve() not in (own.resolve(), root.resolve()):
                 raise UserError(
                     f"--model={model} brings its own LoRA, and --lora={lora} names another; give the base model with "
                     "--model, or leave --lora out."
                 )
-            return _with_lora(model, base.parts, str(own))
+            return _with_lora(model, base.parts, str(own), base.length_records)
         made = sorted(root.glob("checkpoint-*/complete"), key=lambda path: int(path.parent.name.split("-")[1]))
         advice = f"use --model={made[-1].parent}" if made else "let the run finish, or resume it"
         raise UserError(f"--model={model} is a run that has not written its final model; {advice}.")
     folder = model_directory(model, "--model", local_files_only=local_files_only)
-    return _with_lora(model, _parts_of(folder), given)
+    return _with_lora(model, _parts_of(folder), given, (folder / INDEX, folder / RUN_SETTINGS))
 
 
 def _parts_of(root: Path) -> dict[str, Path]:
@@ -92,12 +98,19 @@ def _parts_of(root: Path) -> dict[str, Path]:
 
 def _run_settings(root: Path) -> dict[str, str] | None:
     """Settings of the launcher's run that `root` is, or is a checkpoint of."""
-    for folder in (root, root.parent) if root.name.startswith("checkpoint-") else (root,):
+    for file in _settings_files(root):
         try:
-            return json.loads((folder / RUN_SETTINGS).read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
     return None
+
+
+def _settings_files(root: Path) -> tuple[Path, ...]:
+    """Where the settings of a run may be, for its directory or a checkpoint in it."""
+    root = root.absolute()
+    folders = (root, root.parent) if root.name.startswith("checkpoint-") else (root,)
+    return tuple(folder / RUN_SETTINGS for folder in folders)
 
 
 def _base_of_run(root: Path, settings: dict[str, str], local_files_only: bool) -> Sources:
@@ -110,9 +123,10 @@ def _base_of_run(root: Path, settings: dict[str, str], local_files_only: bool) -
         raise UserError(f"--model={root} was trained from {base}, which cannot be used: {error}") from None
 
 
-def _with_lora(name: str, parts: dict[str, Path], lora: str) -> Sources:
+def _with_lora(name: str, parts: dict[str, Path], lora: str, length_records: tuple[Path, ...]) -> Sources:
+    """`length_records` are the model's; those of the LoRA go before them."""
     if not lora:
-        return Sources(name, parts)
+        return Sources(name, parts, length_records=length_records)
     file = Path(lora)
     if file.is_dir():
         found = [file / name for name in (LORA_FILE, PEFT_FILE) if (file / name).is_file()]
@@ -123,7 +137,8 @@ def _with_lora(name: str, parts: dict[str, Path], lora: str) -> Sources:
         file = found[0]
     elif not file.is_file():
         raise UserError(f"--lora={lora} does not exist; {GIVE_LORA}.")
-    return Sources(name, parts, _read_lora(lora, file, parts))
+    found_lora = _read_lora(lora, file, parts)
+    return Sources(name, parts, found_lora, (file, *_settings_files(file.parent), *length_records))
 
 
 def _read_lora(given: str, file: Path, parts: dict[str, Path]) -> LoraFile:

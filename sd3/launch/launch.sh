@@ -195,10 +195,25 @@ take_secrets_out() {
   PASSED_ON=("${kept[@]}")
 }
 
+# Tokens that T5 reads of a caption, as the training script will take it from what follows --; 77 is both engines'
+# default. Generation with the result reads as many.
+passed_length() {
+  "$PYTHON" - "${PASSED_ON[@]}" <<'END'
+import argparse, sys
+parser = argparse.ArgumentParser(add_help=False)
+parser.add_argument("--max_sequence_length", default="77")
+for other in ("max_train_steps", "max_grad_norm"):  # so that what is short for several is short for none here too
+    parser.add_argument(f"--{other}")
+parser.error = lambda message: sys.exit(print(77))  # the training script will say what is wrong
+print(parser.parse_known_args()[0].max_sequence_length)
+END
+}
+
 # The settings as JSON on standard output; the report's and the checks' view of this run.
 settings_json() {
   local name pairs=()
   for name in "${!OPTION[@]}"; do pairs+=("$name=${OPTION[$name]}"); done
+  pairs+=("max_sequence_length=$(passed_length)")
   "$PYTHON" - "${pairs[@]}" "script=$SCRIPT" "launcher=$LAUNCHER" "engine=$ENGINE" "device=$DEVICE" \
     "deepspeed=$DEEPSPEED" "run_dir=$RUN_DIR" "dry_run=${GIVEN[dry-run]:-}" "case_name=$(case_name)" "started_at=$(date +%s.%N)" <<'END'
 import json, sys

@@ -73,10 +73,13 @@ def add_lora(
         setattr(layers[parent], last, LoraLinear(layer, down, up, pair.scale * scale))
 
 
-def write_lora(file: Path, parts: Mapping[str, tuple[LoraConfig, Mapping[str, torch.Tensor]]]) -> None:
+def write_lora(
+    file: Path, parts: Mapping[str, tuple[LoraConfig, Mapping[str, torch.Tensor]]], header: Mapping[str, str]
+) -> None:
     """Write a LoRA as diffusers does from 0.34 on, with the strength in the safetensors header; the folder is made.
 
     `parts`: for each part of the pipeline the settings it was trained with, and its matrices by PEFT's names.
+    `header`: what the safetensors header states besides.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
@@ -86,7 +89,8 @@ def write_lora(file: Path, parts: Mapping[str, tuple[LoraConfig, Mapping[str, to
         settings |= {f"{part}.{name}": _as_json(value) for name, value in config.to_dict().items() if name in WRITTEN}
         tensors |= {f"{part}.{name}": matrix.contiguous() for name, matrix in matrices.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt", SETTINGS_KEY: json.dumps(settings, indent=2, sort_keys=True)})
+    stated = {SETTINGS_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    save_file(tensors, file, metadata={"format": "pt", **header, **stated})
 
 
 def _as_json(value: object) -> object:

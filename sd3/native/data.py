@@ -22,7 +22,7 @@ from sd3.native.randomness import seed_of
 from sd3.native.step import Batch
 from sd3.native.stop import SIGNALS
 from sd3.native.stream import Stream
-from sd3.native.text import Tokenizers
+from sd3.native.text import Tokenizers, warn_of_cuts
 
 FEW = 4  # captions of a data set that are sent to the device once, not with each batch
 
@@ -80,6 +80,8 @@ class Texts:
     def prepare(cls, options: argparse.Namespace, items: Items, precompute: Precompute, dtype: torch.dtype) -> Texts:
         """Have the captions' embeds in the cache, or tokenize them; every rank calls this."""
         captions, length = items.captions, options.max_sequence_length
+        if precompute.accelerator.is_main_process:
+            warn_of_cuts(precompute.model, captions, length)
         if not options.train_text_encoder:
             return cls(
                 precompute.cache, dict(zip(captions, precompute.prompts(captions, dtype, length), strict=True)), {}

@@ -46,7 +46,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 {code}
-pipeline("{example}").images[0].save("picture.png")
+pipeline("{example}", max_sequence_length={length}).images[0].save("picture.png")
 ```
 
 ## Licence
@@ -119,6 +119,7 @@ def _write_card(
         code=(LORA_CODE if kind == "lora" else FULL_CODE).format(base=shown, repo=repo_id),
         example=example.replace("\\", "\\\\").replace('"', '\\"'),
         licence=licence,
+        length=options.max_sequence_length,
     )
     card = load_or_create_model_card(
         repo_id_or_path=repo_id,

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sd3.common.command_line import UserError
 from sd3.common.model_files import content_hash
+from sd3.common.trained_length import KEY
 from sd3.model.lora_layers import write_lora
 from sd3.native.options import block_numbers
 from sd3.native.text import ENCODERS, TextEncoders, load_encoders
@@ -129,7 +130,7 @@ class Trained:
             name: (part.peft_config[ADAPTER], lora_weights(part, dtype if name == "transformer" else None))
             for name, part in self.parts.items()
         }
-        write_lora(folder / LORA_FILE, parts)
+        write_lora(folder / LORA_FILE, parts, {KEY: str(self.options.max_sequence_length)})
 
 
 def trainable(part: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

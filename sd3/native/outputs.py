@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from sd3.common.command_line import UserError
 from sd3.common.files import sync
 from sd3.common.model_files import PARTS
+from sd3.common.trained_length import INDEX, write_to_index
 from sd3.native.model import Trained
-
-INDEX = "model_index.json"
 
 
 def write_result(trained: Trained, model: Path, output: Path, dtype: torch.dtype) -> None:
@@ -67,3 +66,4 @@ def _copy_untrained(trained: Trained, model: Path, target: Path) -> None:
                 shutil.copytree(model / part, target / part)
     # A pipeline's own index says of what was not loaded that it is not there.
     shutil.copyfile(model / INDEX, target / INDEX)
+    write_to_index(target / INDEX, trained.options.max_sequence_length)

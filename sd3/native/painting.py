@@ -14,10 +14,8 @@ from PIL import Image
 
 from sd3.native.model import Trained
 from sd3.native.precompute import Precompute
-from sd3.native.text import ENCODERS, TOKENIZERS
+from sd3.native.text import ENCODERS, TOKENIZERS, warn_of_cuts
 from sd3.native.validation import validate
-
-T5_TOKENS = 256  # what StableDiffusion3Pipeline pads to
 
 
 class Painter:
@@ -34,7 +32,9 @@ class Painter:
         self.keys: list[str] = []
         if self.wanted and not options.train_text_encoder:
             # The empty text is what guidance leads away from.
-            self.keys = precompute.prompts([options.validation_prompt, ""], dtype, T5_TOKENS)
+            self.keys = precompute.prompts([options.validation_prompt, ""], dtype, options.max_sequence_length)
+        if self.wanted and accelerator.is_main_process:
+            warn_of_cuts(self.model, [options.validation_prompt], options.max_sequence_length, "validation prompts")
 
     def due(self, epoch: int) -> bool:
         """Is there something to paint after this epoch?"""
@@ -59,9 +59,13 @@ class Painter:
         return {name: getattr(trained.denoiser.encoders, name) for name in ENCODERS} | tokenizers
 
     def _prompt(self) -> dict[str, Any]:
-        """The prompt for the pipeline: its text where text encoders are trained, else embeds [1, 77 + 256, D]."""
+        """The prompt for the pipeline: its text where text encoders are trained, else embeds [1, 77 + T, D].
+
+        T5 reads as many tokens as in training: padded to another length, a prompt gives another image.
+        """
         if not self.keys:
-            return {"prompt": self.options.validation_prompt}
+            length = self.options.max_sequence_length
+            return {"prompt": self.options.validation_prompt, "max_sequence_length": length}
         entries = dict(zip(("", "negative_"), map(self.cache.read, self.keys), strict=True))
         return {
             f"{sign}{name}": entry[key][None].to(self.accelerator.device)

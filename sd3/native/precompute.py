@@ -127,10 +127,6 @@ class Precompute:
         ]
         tokenizers = Tokenizers(self.model, t5_tokens)
         encoders: TextEncoders | None = None
-        if cut := tokenizers.cut(captions):
-            logger.warning(
-                "%d of %d captions are longer than CLIP's 77 tokens; CLIP sees their beginnings.", cut, len(captions)
-            )
 
         @torch.no_grad()
         def compute(places: list[int]) -> list[Tensors]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from transformers import (
 )
 
 from sd3.common.model_sizes import CLIP_TOKENS
+from sd3.data.caption_lengths import caption_lengths, cut_sentence
 
+logger = logging.getLogger(__name__)
 ENCODERS = {
     "text_encoder": CLIPTextModelWithProjection,
     "text_encoder_2": CLIPTextModelWithProjection,
@@ -68,10 +71,11 @@ class Tokenizers:
             for tokenizer, length in self._parts
         )
 
-    def cut(self, captions: Sequence[str]) -> int:
-        """How many of the captions are longer than CLIP's 77 tokens, and lose their end there."""
-        tokenizer, length = self._parts[0]
-        return sum(len(tokenizer(caption).input_ids) > length for caption in captions)
+
+def warn_of_cuts(model: Path, captions: Sequence[str], t5_tokens: int, noun: str = "captions") -> None:
+    """Log how many of the captions lose their end in CLIP or T5; `model`: the pipeline directory."""
+    if sentence := cut_sentence(caption_lengths(captions, model, t5_tokens), len(captions), noun):
+        logger.warning("%s", sentence)
 
 
 def load_encoder(model: Path, name: str, variant: str | None, dtype: torch.dtype) -> torch.nn.Module:
