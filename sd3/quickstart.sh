@@ -66,10 +66,11 @@ LORA_LAYERS=attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add
 LORA_LAYERS+=,ff.net.0.proj,ff.net.2,norm1.linear
 settings=(--model_name="$MODEL" --dataset_name="$OUTPUT/subject/captioned" --device=cpu --resolution=64 --seed=0
   --validation_prompt="" --max_train_steps=600 --checkpointing_steps=300)
+# All models read as many tokens as the two were trained with, so that only their weights differ.
 paint() {
   python_step "Painting with the model $1" sd3/infer_sd3_text2img.py --prompts-file=sd3/quickstart/prompts.txt \
-    --seeds 1 2 3 --height=64 --width=64 --guidance-scale=2.5 --batch-size=6 --device=cpu --dtype=float32 \
-    --output-dir="$OUTPUT/pictures/$1" "${@:2}"
+    --seeds 1 2 3 --height=64 --width=64 --guidance-scale=2.5 --max-sequence-length=77 --batch-size=6 \
+    --device=cpu --dtype=float32 --output-dir="$OUTPUT/pictures/$1" "${@:2}"
 }
 
 python_step "Drawing the subject" -m sd3.common.synthetic_data --kind=subject --output="$OUTPUT/subject"
