@@ -58,6 +58,8 @@ def test_the_run_directory_is_whole_and_holds_no_secret(project: Path, arguments
     held = {path.name for path in run.iterdir()}
     assert {"train.log", "command.sh", "environment.json", "run_settings.json", "report.json"} <= held
     assert "SD3_Dreambooth_bf16_1p_bs1.log" in held
+    assert "data: 5 images, 1 caption\n" in result.stdout
+    assert json.loads((run / "data.json").read_text())["images"]["count"] == 5
     seen = json.loads((run / "stub-0.json").read_text())
     (run / "stub-0.json").unlink()
     assert seen["environment"]["HF_TOKEN"] == TOKEN
