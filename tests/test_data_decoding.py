@@ -6,11 +6,13 @@ import io
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sd3.common.command_line import UserError
 from sd3.data.decoding import ImageError, decode, decode_with_changes, image_size
 
 RED, GREEN, WHITE = (200, 30, 30), (0, 255, 0), (255, 255, 255)
@@ -229,3 +231,27 @@ def test_a_damaged_file_is_one_sentence_or_an_image(form: str) -> None:
         except ImageError as error:
             assert str(error)
             assert "\n" not in str(error)
+
+
+def test_images_to_start_from_and_to_be_judged_are_decoded_alike(tmp_path: Path) -> None:
+    """Image-to-image, evaluation and the native engine read a file to the same pixels, and refuse the same files."""
+    from sd3.evaluation import images
+    from sd3.inference.start_image import read_image
+    from sd3.native.pictures import View
+
+    for number, content in enumerate((encoded(cutout()), encoded(Image.fromarray(deep_grey())))):
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(content)
+        expected = decode(content)
+        assert read_image(str(file))[0].tobytes() == expected.tobytes()
+        assert images.decode("x", content).tobytes() == expected.tobytes()
+        square = (View("x", file.read_bytes, None).pixels(30) + 1) * 127.5
+        assert square[:, 0, 0].round().tolist() == list(expected.resize((30, 40)).getpixel((0, 5)))
+    (tmp_path / "photo.heic").write_bytes(HEIC)
+    for refuses in (
+        lambda: read_image(str(tmp_path / "photo.heic")),
+        lambda: images.decode("x", HEIC),
+        lambda: View("x", lambda: HEIC, None).pixels(30),
+    ):
+        with pytest.raises(UserError, match="HEIC; convert it to JPEG"):
+            refuses()
