@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ from sd3.common.command_line import UserError
 from sd3.data.check import CheckFlags, check_data
 from sd3.data.facts import in_parallel
 from sd3.data.summary import DataSummary
-from sd3.data.training_data import DataFlags, read_training_data
+from sd3.data.training_data import DataFlags, read_class_folder, read_folder, read_training_data
 
 TEXTS = [f"a photo of thing {number}" for number in range(4)]
 
@@ -283,6 +284,32 @@ def test_of_many_names_a_line_shows_three_and_the_file_all(tmp_path: Path) -> No
     _, summary = checked(DataFlags(folder=str(tmp_path)))
     assert "images: 5 of 5 converted: L to RGB (0.png, 1.png, 2.png and 2 more)" in summary.lines()
     assert len(summary.as_json()["images"]["converted"]["L to RGB"]) == 5
+
+
+def test_a_folder_of_thousands_of_files_is_read_in_no_time(tmp_path: Path) -> None:
+    """Of 4,000 files each was once looked for in a set of all, made anew: 16 million steps."""
+    for number in range(4000):
+        (tmp_path / f"{number:04d}.png").touch()
+    (tmp_path / "link.png").symlink_to("0000.png")
+    (tmp_path / ".hidden").touch()
+    since = time.process_time()
+    data = read_folder(tmp_path)
+    classes = read_class_folder(tmp_path, 3000)
+    assert time.process_time() - since < 1.5
+    assert [image.name for image in data.images] == sorted(map(str, tmp_path.glob("*.png")))
+    assert data.left_out == [(".hidden", "a hidden or system file")]
+    assert (len(classes.images), len(classes.left_out)) == (3000, 1002)
+
+
+@pytest.mark.parametrize("name", ["sub", "gone.png", "loop.png"])
+def test_what_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    {
+        "sub": (tmp_path / "sub").mkdir, "gone.png": lambda: (tmp_path / "gone.png").symlink_to("nowhere"),
+        "loop.png": lambda: (tmp_path / "loop.png").symlink_to("loop.png"),
+    }[name]()  # fmt: skip
+    with pytest.raises(UserError, match=rf"contains folders \({name}\); it must contain only images"):
+        read_folder(tmp_path)
 
 
 def test_work_in_parallel_keeps_its_order_and_waits_for_its_taker() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,9 +81,9 @@ def read_training_data(flags: DataFlags) -> TrainingData:
     return found
 
 
-def is_training_file(file: Path) -> bool:
-    """Is this file of a folder trained on? Hidden files and those that desktops write are not."""
-    return not file.name.startswith(".") and file.name.lower() not in SYSTEM_FILES
+def is_training_file(name: str) -> bool:
+    """Is a file of this name trained on? Hidden files and those that desktops write are not."""
+    return not name.startswith(".") and name.lower() not in SYSTEM_FILES
 
 
 def file_content(file: Path) -> Callable[[], bytes]:
@@ -111,31 +112,38 @@ def read_folder(folder: Path, option: str = "--input_dir") -> TrainingData:
     if not folder.is_dir():
         raise UserError(f"{option}={folder} is not a directory; give a folder of images.")
     try:
-        entries = sorted(folder.iterdir())
+        # Names compare faster than paths, and what a name is comes with it: there may be a great many.
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(
             f"{option}={folder} cannot be read ({error.strerror}); give a folder that you may read."
         ) from None
     if not entries:
         raise UserError(f"{option}={folder} is empty; put the images of the subject in it.")
-    visible = [entry for entry in entries if is_training_file(entry)]
-    if folders := [entry.name for entry in visible if not entry.is_file()]:
+    hidden = [(entry.name, "a hidden or system file") for entry in entries if not is_training_file(entry.name)]
+    visible = [entry for entry in entries if is_training_file(entry.name)]
+    if folders := [entry.name for entry in visible if not _is_file(entry)]:
         raise UserError(
             f"{option}={folder} contains folders ({', '.join(folders[:5])}); it must contain only images."
         )
-    hidden = [(entry.name, "a hidden or system file") for entry in entries if entry not in set(visible)]
-    return TrainingData([image_of_file(file) for file in visible], hidden)
+    return TrainingData([image_of_file(folder / entry.name) for entry in visible], hidden)
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Without a look at the file, unless it is a link."""
+    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
 
 
 def read_class_folder(folder: Path, count: int) -> TrainingData:
     """The images of a class folder, by name, at most `count`; other files are left out."""
     files = picture_files(folder)
     kept = files[:count]
+    seen = set(kept)
     reasons = {file: f"more than --num_class_images={count}" for file in files[count:]}
     left_out = [
         (entry.name, reasons.get(entry, "not named as an image file"))
         for entry in sorted(folder.iterdir())
-        if entry not in set(kept)
+        if entry not in seen
     ]
     return TrainingData([image_of_file(file) for file in kept], left_out)
 
