@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from emulated_npu import EmulatedNpu, built_or_skipped
 from prepared import PROJECT, prepared
+
+MAY_SKIP = ("upstream", "npu")  # markers of tests that need something a machine may not have
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, nohup a closed terminal, and all that they
 # start ignores it too.
@@ -34,12 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """A test that skips without the marker `upstream` is a failure."""
+    """A test that skips without a marker of MAY_SKIP is a failure."""
     outcome = yield
     report = outcome.get_result()
-    if report.skipped and not item.get_closest_marker("upstream") and not hasattr(report, "wasxfail"):
+    if report.skipped and not any(map(item.get_closest_marker, MAY_SKIP)) and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped, but only tests marked `upstream` may be: {report.longrepr}"
+        may = " or ".join(f"`{name}`" for name in MAY_SKIP)
+        report.longrepr = f"{item.nodeid} was skipped, but only tests marked {may} may be: {report.longrepr}"
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +87,15 @@ def upstream_checkout(upstream_state: str, request: pytest.FixtureRequest) -> Pa
     if upstream_state:
         pytest.skip(f"needs the patched diffusers source: {upstream_state}")
     return PROJECT / "build" / "diffusers"
+
+
+@pytest.fixture(scope="session")
+def _emulated_npu() -> EmulatedNpu:
+    return built_or_skipped()
+
+
+@pytest.fixture
+def emulated_npu(request: pytest.FixtureRequest) -> EmulatedNpu:
+    """The real torch_npu on emulated CANN. Only a test marked `npu` may ask for it."""
+    assert request.node.get_closest_marker("npu"), "a test that needs emulated_npu must be marked `npu`"
+    return request.getfixturevalue("_emulated_npu")
