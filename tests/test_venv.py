@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3.common import start
+from sd3.common import npu, start
 from sd3.common import venv as project_venv
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,6 @@ def test_an_npu_without_torch_npu_or_cann_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(start, "NPU_DEVICES", str(tmp_path / "davinci[0-9]*"))
-    monkeypatch.setattr(start, "_npu_loads", lambda: False)
     # Nobody asks for an NPU and there is none; then one is there, then it is turned down, then asked for.
     assert started(monkeypatch) is None
     (tmp_path / "davinci_manager").touch()
@@ -112,14 +111,16 @@ def test_an_npu_without_torch_npu_or_cann_is_said(
     assert started(monkeypatch, "--device", "cpu") is None
     assert started(monkeypatch, "--device=npu", "--help") is None
     # With torch_npu at hand it is CANN that is missing: its set_env.sh is named where it can be found.
-    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(npu, "is_installed", lambda: True)
+    monkeypatch.setattr(npu, "load_error", lambda: "libhccl.so is missing")
     script = tmp_path / "set_env.sh"
     script.touch()
     monkeypatch.setenv("CANN_SET_ENV", str(script))
     assert started(monkeypatch, "--device=npu") == 3
-    assert f"run: source {script}" in capsys.readouterr().err
+    assert f"(libhccl.so is missing); run: source {script}" in capsys.readouterr().err
+    assert started(monkeypatch, "--device=cpu") == 3  # torch cannot be imported then
     monkeypatch.setenv("CANN_SET_ENV", str(tmp_path / "none.sh"))
     assert started(monkeypatch, "--device=npu") == 3
     assert "name CANN's set_env.sh" in capsys.readouterr().err
-    monkeypatch.setattr(start, "_npu_loads", lambda: True)
+    monkeypatch.setattr(npu, "load_error", lambda: "")
     assert started(monkeypatch, "--device=npu") is None

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import sys
 
+from sd3.common import npu
+
 DEVICES = ("npu", "cuda", "cpu")
 
 
@@ -17,19 +19,13 @@ def count(device: str) -> int:
     """Number of devices visible to this process; 1 for the CPU, 0 where the device or its library is missing."""
     if device == "cpu":
         return 1
-    if importlib.util.find_spec("torch") is None:
+    if importlib.util.find_spec("torch") is None or npu.load_error():
         return 0
     import torch
 
     if device == "cuda":
         return torch.cuda.device_count()
-    if importlib.util.find_spec("torch_npu") is None:
-        return 0
-    try:
-        import torch_npu
-    except ImportError:  # without CANN's libraries torch_npu does not load
-        return 0
-    return torch_npu.npu.device_count()
+    return torch.npu.device_count() if npu.is_installed() else 0
 
 
 def detect(requested: str = "auto") -> str:
@@ -51,8 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Print "DEVICE COUNT" for the shell launchers; returns the exit code."""
     parser = argparse.ArgumentParser(description="Print the device and how many of it are visible.")
     parser.add_argument("--device", default="auto")
+    requested = parser.parse_args(arguments).device
+    if npu.load_error():  # a training would stop at `import torch`, on a CPU too
+        print(npu.how_to_load(), file=sys.stderr)
+        return 3
     try:
-        device = detect(parser.parse_args(arguments).device)
+        device = detect(requested)
     except DeviceError as error:
         print(error, file=sys.stderr)
         return 2
