@@ -140,8 +140,11 @@ def test_all_missing_parts_are_named_at_once(model: Path) -> None:
 
 def test_a_missing_shard_is_named(model: Path) -> None:
     index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
-    (model / "transformer" / "x.safetensors.index.json").write_text(json.dumps(index))
-    shutil.copy(next((model / "transformer").glob("*.safetensors")), model / "transformer" / "part-1.safetensors")
+    whole = next((model / "transformer").glob("*.safetensors"))
+    (model / "transformer" / f"{whole.name}.index.json").write_text(json.dumps(index))
+    shutil.copy(whole, model / "transformer" / "part-1.safetensors")
+    assert check_model(str(model)) == []  # beside whole weights it is no obstacle
+    whole.unlink()
     assert "transformer/part-2.safetensors missing" in only(check_model(str(model)))
 
 

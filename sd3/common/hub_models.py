@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from sd3.common.command_line import UserError
-from sd3.common.model_files import MODELS, check_model
+from sd3.common.model_files import check_model, parts_of
+from sd3.common.weight_files import MODELS, choose_weights
 
 
 def model_directory(
@@ -27,13 +28,13 @@ def model_directory(
     if problems := check_model(name, option):
         raise UserError(problems[0])
     if Path(name).exists():
-        _check_variant(Path(name), variant)
+        check_variant(Path(name), variant)
         return Path(name)
     from diffusers import StableDiffusion3Pipeline
 
     offline = local_files_only or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     try:
-        return Path(
+        folder = Path(
             StableDiffusion3Pipeline.download(
                 name, revision=revision, variant=variant, local_files_only=offline, cache_dir=cache_dir
             )
@@ -44,13 +45,18 @@ def model_directory(
             f"{option}={name} is no directory here, and cannot be had from the hub ({why}); give the directory of the "
             "model, or log in with 'huggingface-cli login' if it is gated."
         ) from None
+    if problems := check_model(str(folder), option):
+        raise UserError(problems[0])
+    check_variant(folder, variant)
+    return folder
 
 
-def _check_variant(model: Path, variant: str | None) -> None:
+def check_variant(model: Path, variant: str | None) -> None:
     """Raise UserError where a part of a directory has no weights of the variant, such as fp16."""
     if variant is None:
         return
-    without = [part for part in MODELS if not list((model / part).glob(f"*.{variant}[-.]*"))]
+    parts = [part for part in parts_of(model) if part in MODELS]
+    without = [part for part in parts if choose_weights(model / part, variant) is None]
     if without:
         raise UserError(
             f"--variant={variant}: {model} has no such weights for {', '.join(without)}; leave the option out."

@@ -8,89 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-MODELS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+from sd3.common.safetensors_files import safetensors_header
+from sd3.common.tokenizer_files import TOKENIZERS, damaged_tokenizer_files, missing_tokenizer_files
+from sd3.common.weight_files import MODELS, damaged_files, weight_files
+
+INDEX = "model_index.json"
+T5_PARTS = ("text_encoder_3", "tokenizer_3")
 # Folders that a pipeline may have; a model's own index of them is the word of whoever made the model.
 PARTS = (*MODELS, *TOKENIZERS, "scheduler", "image_encoder", "feature_extractor")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1}
 # What the hash of a model reads of a large file: samples of each tensor, or blocks where no header names tensors.
 SAMPLE_BYTES = 4096
 BLOCKS, BLOCK_BYTES = 8, 1 << 20
-
-
-def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a safetensors file: `dtype`, `shape` and `data_offsets` of each tensor by its name.
-
-    Raises:
-        ValueError: the file is cut short, or is no safetensors file.
-    """
-    header, end = _read_header(file)
-    header.pop("__metadata__", None)
-    try:
-        size = end + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        whole = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in header.values())
-    except (TypeError, LookupError):
-        whole = False
-    if not whole:
-        raise ValueError("has no safetensors header")
-    if size != file.stat().st_size:
-        raise ValueError("is cut short")
-    return header
-
-
-def safetensors_metadata(file: Path) -> dict[str, str]:
-    """What the writer of a safetensors file noted in its header; raises as `safetensors_header` does."""
-    found = _read_header(file)[0].get("__metadata__") or {}
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("has no safetensors header")
-    return found
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where it ends, in bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        if len(first) < 8 or (length := struct.unpack("<Q", first)[0]) > min(size, 100_000_000):
-            raise ValueError("has no safetensors header")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError("has no safetensors header") from error
-    if not isinstance(header, dict):
-        raise ValueError("has no safetensors header")
-    return header, 8 + length
-
-
-def safetensors_parameters(file: Path) -> int:
-    """Number of parameters in a safetensors file, from its header; raises as `safetensors_header` does."""
-    entries = safetensors_header(file).values()
-    return sum((e["data_offsets"][1] - e["data_offsets"][0]) // DTYPE_BYTES.get(e["dtype"], 4) for e in entries)
-
-
-def weight_files(part: Path) -> tuple[list[Path], list[str]]:
-    """Weight files of a part, and what is missing of them."""
-    for index in sorted(part.glob("*.index*.json")):
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [f"{part.name}/{shard}" for shard in shards if not (part / shard).is_file()]:
-            return [], missing
-        return [part / shard for shard in shards], []
-    files = sorted(part.glob("*.safetensors")) or sorted(part.glob("*.bin"))
-    return files, [] if files else [f"{part.name}/*.safetensors"]
-
-
-def tensor_shapes(part: Path) -> dict[str, tuple[int, ...]] | None:
-    """Shape of each tensor of a part, from the headers; None where its weights are not safetensors."""
-    files, _ = weight_files(part)
-    if not files or any(file.suffix != ".safetensors" for file in files):
-        return None
-    return {name: tuple(entry["shape"]) for file in files for name, entry in safetensors_header(file).items()}
 
 
 def check_model(name: str, option: str = "--model_name") -> list[str]:
@@ -105,12 +37,19 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
         ]
     if not root.is_dir():
         return [f"{option}={name} is a file; give the directory with model_index.json in it."]
-    missing = [] if (root / "model_index.json").is_file() else ["model_index.json"]
-    missing += [what for part in MODELS for what in missing_files(root / part)]
+    try:
+        absent = absent_parts(root)
+    except ValueError as error:
+        return [f"{option}={name} is damaged: {INDEX} {error}; download the model again."]
+    parts = parts_of(root)
+    missing = [] if (root / INDEX).is_file() else [INDEX]
+    missing += [f"{part} (null in {INDEX})" for part in parts if part in absent]
+    missing += [what for part in MODELS if part in parts for what in missing_files(root / part)]
     if not (root / "scheduler" / "scheduler_config.json").is_file():
         missing.append("scheduler/scheduler_config.json")
-    missing += [what for part in TOKENIZERS for what in missing_tokenizer_files(root / part)]
-    broken = [what for part in MODELS for what in damaged_files(root / part)]
+    missing += [what for part in TOKENIZERS if part in parts for what in missing_tokenizer_files(root / part)]
+    broken = [what for part in MODELS if part in parts for what in damaged_files(root / part)]
+    broken += [what for part in TOKENIZERS if part in parts for what in damaged_tokenizer_files(root / part)]
     problems = []
     if missing:
         problems.append(f"{option}={name} is incomplete: {', '.join(missing)} missing; download the model again.")
@@ -126,23 +65,36 @@ def missing_files(part: Path) -> list[str]:
     return weight_files(part)[1]
 
 
-def missing_tokenizer_files(part: Path) -> list[str]:
-    """Files that a tokenizer lacks: CLIP's needs its vocabulary and merges, T5's either of two forms."""
-    needed = [("tokenizer_config.json",)]
-    needed += [("spiece.model", "tokenizer.json")] if part.name == "tokenizer_3" else [("vocab.json",), ("merges.txt",)]
-    return [f"{part.name}/{names[0]}" for names in needed if not any((part / name).is_file() for name in names)]
+def absent_parts(model: Path) -> set[str]:
+    """Parts that the index of a pipeline directory says it does not have, whatever folders there are.
+
+    Raises:
+        ValueError: the index is not one.
+    """
+    try:
+        index = json.loads((model / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return set()
+    except ValueError as error:
+        raise ValueError("is not JSON") from error
+    if not isinstance(index, dict):
+        raise ValueError("is not an index of parts")
+    # save_pretrained writes [null, null]
+    return {part for part in (*MODELS, *TOKENIZERS) if part in index and (index[part] or [None])[0] is None}
 
 
-def damaged_files(part: Path) -> list[str]:
-    """Weight files of a part that are cut short or are something else, each with what is wrong."""
-    found = []
-    for file in weight_files(part)[0]:
-        try:
-            if file.suffix == ".safetensors":
-                safetensors_parameters(file)
-        except ValueError as error:
-            found.append(f"{part.name}/{file.name} {error}")
-    return found
+def parts_of(model: Path) -> tuple[str, ...]:
+    """Parts with folders that a pipeline has or should have: all, or all but T5 and its tokenizer.
+
+    Without `text_encoder_3` nothing reads `tokenizer_3`. Raises as `absent_parts` does.
+    """
+    without = T5_PARTS if T5_PARTS[0] in absent_parts(model) else ()
+    return tuple(part for part in (*MODELS, *TOKENIZERS, "scheduler") if part not in without)
+
+
+def has_t5(model: Path) -> bool:
+    """Has the pipeline directory a T5? Raises as `absent_parts` does."""
+    return T5_PARTS[0] in parts_of(model)
 
 
 def largest_side(transformer: Path, vae: Path) -> int:

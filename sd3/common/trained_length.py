@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sd3.common.command_line import UserError
+from sd3.common.model_files import INDEX
 
 DEFAULT = 256  # of StableDiffusion3Pipeline, for models and LoRA files that say nothing
 LONGEST = 512  # that StableDiffusion3Pipeline takes
-INDEX, RUN_SETTINGS = "model_index.json", "run_settings.json"
+RUN_SETTINGS = "run_settings.json"
 KEY = "max_sequence_length"  # in run_settings.json and in the header of a LoRA
 INDEX_KEY = f"_{KEY}"  # diffusers passes over keys of its index that begin with an underscore
 

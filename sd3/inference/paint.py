@@ -15,8 +15,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import pad
 
 from sd3.common.command_line import UserError
+from sd3.common.part_loading import tokens_without_t5
 from sd3.common.trained_length import DEFAULT
-from sd3.inference.weights import ENCODERS, Weights, release, told_of_memory
+from sd3.inference.weights import Weights, release, told_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,8 @@ T5_TOKENS = DEFAULT  # what T5 reads of a prompt unless something else is asked 
 class Embeds(NamedTuple):
     """A prompt as the transformer reads it.
 
-    `prompt` (1, 77 + tokens that T5 reads, width of T5), `pooled` (1, sum of CLIP widths).
+    `prompt` (1, 77 + tokens that T5 reads, width of T5), `pooled` (1, sum of CLIP widths). Without T5 as many zeros as
+    StableDiffusion3Pipeline takes stand in for its part of `prompt`.
     """
 
     prompt: torch.Tensor
@@ -48,7 +50,7 @@ def encode_prompts(
     texts = list(dict.fromkeys(texts))
     hidden: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
     pooled: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
-    for part in ENCODERS:
+    for part in weights.encoders():
         with told_of_memory(device.type, f"{part} alone does not fit; use --dtype=float16, another device or the cpu"):
             tokenizer, encoder = weights.text_encoder(part, device)
         is_t5 = part == "text_encoder_3"
@@ -66,11 +68,18 @@ def encode_prompts(
         release(device.type)
     embeds = {}
     for text in texts:
+        if "text_encoder_3" not in weights.encoders():
+            hidden[text].append(_zeros_for_t5(weights, hidden[text], t5_tokens))
         *clip, t5 = hidden[text]
         joint = torch.cat(clip, dim=-1)
         joint = pad(joint, (0, t5.shape[-1] - joint.shape[-1]))
         embeds[text] = Embeds(torch.cat([joint, t5], dim=-2), torch.cat(pooled[text], dim=-1))
     return embeds
+
+
+def _zeros_for_t5(weights: Weights, clip: Sequence[torch.Tensor], t5_tokens: int) -> torch.Tensor:
+    """What StableDiffusion3Pipeline takes for T5's output where a model has none (1, tokens, width of the embeds)."""
+    return torch.zeros(1, tokens_without_t5(t5_tokens, clip[0].shape[1]), weights.prompt_width(), dtype=weights.dtype)
 
 
 class Painter:

@@ -12,14 +12,13 @@ from pathlib import Path
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
 from sd3.common.model_files import (
-    MODELS,
-    TOKENIZERS,
+    INDEX,
     content_hash,
-    damaged_files,
     missing_files,
-    tensor_shapes,
+    parts_of,
 )
-from sd3.common.trained_length import INDEX, RUN_SETTINGS
+from sd3.common.trained_length import RUN_SETTINGS
+from sd3.common.weight_files import MODELS, damaged_files, tensor_shapes
 from sd3.model.lora_file import PARTS as LORA_PARTS
 from sd3.model.lora_file import PEFT_FILE, LoraFile, read_lora
 from sd3.model.lora_settings import LoraError
@@ -93,7 +92,7 @@ def find_sources(
 
 
 def _parts_of(root: Path) -> dict[str, Path]:
-    return {part: root / part for part in (*MODELS, *TOKENIZERS, "scheduler")}
+    return {part: root / part for part in parts_of(root)}
 
 
 def _run_settings(root: Path) -> dict[str, str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,13 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from sd3.common.command_line import UserError
+from sd3.common.part_loading import joint_attention_dim, load_tokenizer, load_weights
 from sd3.model.lora_layers import add_lora
 from sd3.model.lora_settings import LoraError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sd3.inference.sources import Sources
@@ -45,7 +48,7 @@ class Weights:
         """Tokenizer and encoder of `part`, a key of ENCODERS, on the device."""
         start = time.perf_counter()
         tokenizer_part, encoder_class, tokenizer_class = ENCODERS[part]
-        tokenizer = self._load(tokenizer_class, tokenizer_part)
+        tokenizer = self._load(tokenizer_class, tokenizer_part, load_tokenizer)
         encoder = self._load_weights(encoder_class, part)
         self._add_lora(part, encoder)
         encoder.requires_grad_(False).eval().to(device)
@@ -64,7 +67,15 @@ class Weights:
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler, with the model's own settings."""
-        return self._load(FlowMatchEulerDiscreteScheduler, "scheduler")
+        return self._load(FlowMatchEulerDiscreteScheduler, "scheduler", _load_plain)
+
+    def encoders(self) -> list[str]:
+        """The text encoders that the model has, keys of ENCODERS."""
+        return [part for part in ENCODERS if part in self.sources.parts]
+
+    def prompt_width(self) -> int:
+        """Width of the prompt embeds that the transformer reads."""
+        return joint_attention_dim(self.sources.parts["transformer"])
 
     def _add_lora(self, part: str, model: torch.nn.Module) -> None:
         if self.sources.lora_file and (modules := self.sources.lora_file.parts.get(part)):
@@ -81,7 +92,7 @@ class Weights:
 
     def _load_weights(self, kind: Any, part: str) -> Any:  # noqa: ANN401  # the class given is the class returned
         """A part with every one of its weights: the libraries draw missing ones at random, and only warn."""
-        model, info = self._load(kind, part, torch_dtype=self.dtype, output_loading_info=True)
+        model, info = self._load(kind, part, load_weights, torch_dtype=self.dtype, output_loading_info=True)
         tied = getattr(model, "_tied_weights_keys", None) or []
         lost = [key for key in info["missing_keys"] if key not in tied] + [key[0] for key in info["mismatched_keys"]]
         if lost:
@@ -91,14 +102,18 @@ class Weights:
             )
         return model
 
-    def _load(self, kind: Any, part: str, **settings: object) -> Any:  # noqa: ANN401
+    def _load(self, kind: Any, part: str, load: Callable[..., Any], **settings: object) -> Any:  # noqa: ANN401
         folder = self.sources.parts[part]
         try:
-            return kind.from_pretrained(folder, local_files_only=True, **settings)
+            return load(kind, folder, local_files_only=True, **settings)
         except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             name = self.sources.name
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--model={name}: {folder} cannot be loaded ({reason}); get it again.") from None
+
+
+def _load_plain(kind: Any, folder: Path, **settings: object) -> Any:  # noqa: ANN401
+    return kind.from_pretrained(folder, **settings)
 
 
 @contextlib.contextmanager

@@ -38,9 +38,10 @@ engine_of_run() {
   fi
 }
 
-# ENGINE and TRAIN_SCRIPT, and the first line of output: which, and why.
+# ENGINE, TRAIN_SCRIPT and VARIANT, that the patched scripts have to be given; the first line of output: which, and why.
 choose_engine() {
-  local reason="asked for" wrong began=""
+  local reason="asked for" wrong began="" status=0
+  VARIANT=""
   ENGINE="${OPTION[engine]}"
   # A checkpoint is its engine's own: neither an option nor a set-up that found or lost the source may change it.
   [ -z "${OPTION[resume]}" ] || began="$(engine_of_run)"
@@ -60,9 +61,21 @@ choose_engine() {
       ENGINE=native reason="${wrong%.}"
     fi
   fi
+  if [ "$ENGINE" = diffusers ]; then
+    VARIANT="$(project_module sd3.launch.script_models "${OPTION[model_name]}" "${PASSED_ON[@]}")" || status=$?
+    case $status in
+      0) ;;
+      1) wrong="the patched scripts cannot load this model: $VARIANT" VARIANT=""
+         [ "${OPTION[engine]}$began" = auto ] ||
+           fail "--model_name=${OPTION[model_name]}: $wrong; give --engine=native."
+         ENGINE=native reason="$wrong" ;;
+      *) exit "$status" ;;
+    esac
+  fi
   TRAIN_SCRIPT="$SD3_DIR/native/$SCRIPT.py"
   [ "$ENGINE" = native ] || TRAIN_SCRIPT="$PROJECT_DIR/build/diffusers/examples/dreambooth/$SCRIPT.py"
   echo "engine: $ENGINE ($reason)"
+  [ -z "$VARIANT" ] || echo "weights: the $VARIANT files (--variant=$VARIANT)"
 }
 
 # Where to train, and how many processes: DEVICE, OPTION[num_processors].
@@ -173,6 +186,7 @@ build_command() {
   [ -z "${OPTION[seed]}" ] || TRAIN_ARGUMENTS+=("--seed=${OPTION[seed]}")
   [ "$GRADIENT_CHECKPOINTING" -eq 0 ] || TRAIN_ARGUMENTS+=(--gradient_checkpointing)
   [ -z "${OPTION[resume]}" ] || TRAIN_ARGUMENTS+=("--resume_from_checkpoint=${OPTION[resume]}")
+  [ -z "$VARIANT" ] || TRAIN_ARGUMENTS+=("--variant=$VARIANT")
   take_secrets_out
   TRAIN_ARGUMENTS+=("${PASSED_ON[@]}")
   COMMAND+=("$TRAIN_SCRIPT" "${TRAIN_ARGUMENTS[@]}")

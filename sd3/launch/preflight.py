@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3.common.command_line import UserError
-from sd3.common.model_files import check_model, safetensors_parameters, weight_files
+from sd3.common.model_files import check_model
+from sd3.common.safetensors_files import safetensors_parameters
+from sd3.common.weight_files import weight_files
 from sd3.data.summary import DataSummary
 from sd3.native.options import NATIVE_ONLY, data_flags, notes_on, read
 

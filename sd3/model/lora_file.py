@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd3.common.model_files import file_hash, safetensors_header, safetensors_metadata
+from sd3.common.model_files import file_hash
+from sd3.common.safetensors_files import safetensors_header, safetensors_metadata
 from sd3.model.lora_settings import SETTINGS_KEY, LoraError, LoraSettings, parse_settings
 
 if TYPE_CHECKING:

@@ -30,9 +30,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
-from sd3.common.model_files import largest_side
+from sd3.common.model_files import has_t5, largest_side, parts_of
 from sd3.common.model_sizes import CLIP_TOKENS
 from sd3.common.refusals import refuse
+from sd3.common.weight_files import MODELS, of_variants
 from sd3.native import checkpoint, checkpoint_files, hub
 from sd3.native.checkpoint import Checkpoints
 from sd3.native.data import Items, Loader, Samples, Texts, names_at
@@ -50,6 +51,7 @@ from sd3.native.randomness import fresh_seed, seed_everything, seed_of
 from sd3.native.step import Batch, FlowMatching, draw
 from sd3.native.stop import Stopper, alone_in
 from sd3.native.stream import Stream
+from sd3.native.text import t5_length
 from sd3.native.tracking import forgiven
 from sd3.native.utilization import device_name, work_of
 
@@ -170,6 +172,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     )  # fmt: skip
     if options.resolution > (most := largest_side(model_folder / "transformer", model_folder / "vae")):
         raise UserError(f"--resolution={options.resolution} is more than the model was made for; give at most {most}.")
+    tell_of_model(options, model_folder)
     repository = hub.prepare_repo(options) if accelerator.is_main_process else None
 
     resumed = checkpoint.find(options, accelerator, kind)
@@ -215,9 +218,11 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     flow = FlowMatching(options, scheduler, vae["shift_factor"], vae["scaling_factor"], dtype, device)
     loader = Loader(options, Samples(items, stream, precompute.cache), texts, device)
     batches = loader.batches(position, accelerator.process_index, steps - done)
+    t5_tokens = t5_length(model_folder, options.max_sequence_length)
     metrics = Metrics(
-        accelerator, stream.samples_a_step, work(options, trained), device_name(device), first=done, last=steps
-    )
+        accelerator, stream.samples_a_step, work(options, trained, t5_tokens), device_name(device), first=done,
+        last=steps,
+    )  # fmt: skip
     log_every = options.log_every or (1 if device.type == "cpu" else 10)
     profile = Profile(options.profile, Path(options.output_dir) / "profile", accelerator.process_index, device.type)
     stopper = Stopper()
@@ -267,6 +272,15 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
             hub.upload(options, repository, pictures, kind, bool(options.train_text_encoder))
     finish_trackers(accelerator)
     return 0
+
+
+def tell_of_model(options: argparse.Namespace, model: Path) -> None:
+    """Log what is unusual about a pipeline directory."""
+    if not has_t5(model):
+        logger.info("The model has no T5: zeros stand for its output, as in StableDiffusion3Pipeline.")
+    parts = [model / name for name in parts_of(model) if name in MODELS]
+    if found := of_variants(parts, options.variant):
+        logger.info("Without whole plain weight files: %s.", found)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
@@ -326,9 +340,12 @@ def check(
     )  # fmt: skip
 
 
-def work(options: argparse.Namespace, trained: Trained) -> float:
-    """Operations for one sample of this run: a picture, and with prior preservation one of its class."""
+def work(options: argparse.Namespace, trained: Trained, t5_tokens: int | None = None) -> float:
+    """Operations for one sample of this run: a picture, and with prior preservation one of its class.
+
+    `t5_tokens`: how many prompt embeds are T5's, None for --max_sequence_length.
+    """
     transformer = trained.parts["transformer"]
-    tokens = CLIP_TOKENS + options.max_sequence_length
+    tokens = CLIP_TOKENS + (options.max_sequence_length if t5_tokens is None else t5_tokens)
     pictures = 2 if options.with_prior_preservation else 1
     return work_of(dict(transformer.config), options.resolution, tokens, trained.lora, pictures)

@@ -15,7 +15,8 @@ from peft.utils import get_peft_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from sd3.common.command_line import UserError
-from sd3.common.model_files import content_hash
+from sd3.common.model_files import content_hash, parts_of
+from sd3.common.part_loading import load_weights
 from sd3.common.trained_length import KEY
 from sd3.model.lora_layers import write_lora
 from sd3.native.options import block_numbers
@@ -63,13 +64,13 @@ class Trained:
         variant = options.variant
         # Half-precision weights in training would lose updates smaller than their last bit.
         frozen = dtype if self.lora else torch.float32
-        transformer = SD3Transformer2DModel.from_pretrained(model / "transformer", variant=variant, torch_dtype=frozen)
+        transformer = load_weights(SD3Transformer2DModel, model / "transformer", variant, torch_dtype=frozen)
         encoders = load_encoders(model, variant, frozen) if options.train_text_encoder else None
         self.denoiser = Denoiser(transformer, encoders)
         self.parts: dict[str, torch.nn.Module] = {"transformer": transformer}
         if encoders is not None:
             names = CLIPS if self.lora else tuple(ENCODERS)
-            self.parts |= {name: getattr(encoders, name) for name in names}
+            self.parts |= {name: encoder for name in names if (encoder := getattr(encoders, name)) is not None}
         self.denoiser.requires_grad_(False)
         for name, part in self.parts.items():
             if self.lora:
@@ -110,7 +111,8 @@ class Trained:
 
     def base(self, model: Path) -> str:
         """Hash of the weights that stay as they are, of the pipeline directory `model`: no checkpoint holds them."""
-        stay = [name for name in ("transformer", *ENCODERS) if self.lora or name not in self.parts]
+        there = parts_of(model)
+        stay = [name for name in ("transformer", *ENCODERS) if name in there and (self.lora or name not in self.parts)]
         return f"{content_hash(model / name for name in stay)} {self.options.variant}"
 
     def names(self) -> list[str]:

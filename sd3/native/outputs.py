@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors import SafetensorError
 
 from sd3.common.command_line import UserError
 from sd3.common.files import sync
-from sd3.common.model_files import PARTS
-from sd3.common.trained_length import INDEX, write_to_index
+from sd3.common.model_files import INDEX, PARTS, absent_parts
+from sd3.common.trained_length import write_to_index
+from sd3.common.weight_files import plain_folder
 from sd3.native.model import Trained
 
 
@@ -54,16 +54,12 @@ def write_result(trained: Trained, model: Path, output: Path, dtype: torch.dtype
 
 
 def _copy_untrained(trained: Trained, model: Path, target: Path) -> None:
-    """The parts that the run left as they were: copied, byte for byte, where the names of their files allow it."""
-    if trained.options.variant:
-        given = {name: None for name in trained.parts}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(model, variant=trained.options.variant, **given)
-        pipeline.save_pretrained(target)
-    else:
-        listed = json.loads((model / INDEX).read_text(encoding="utf-8"))
-        for part in PARTS:
-            if part in listed and (model / part).is_dir() and part not in trained.parts:
-                shutil.copytree(model / part, target / part)
-    # A pipeline's own index says of what was not loaded that it is not there.
+    """The parts that the run left as they were, their files byte for byte; weights under plain names."""
+    listed = json.loads((model / INDEX).read_text(encoding="utf-8"))
+    left_out = absent_parts(model) | set(trained.parts)
+    for part in PARTS:
+        if part in listed and part not in left_out and (model / part).is_dir():
+            with plain_folder(model / part, trained.options.variant) as folder:
+                shutil.copytree(folder, target / part)
     shutil.copyfile(model / INDEX, target / INDEX)
     write_to_index(target / INDEX, trained.options.max_sequence_length)

@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiff
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
+from sd3.common.model_files import parts_of
+from sd3.common.part_loading import load_tokenizer, load_weights
 from sd3.native.model import Trained
 from sd3.native.precompute import Precompute
 from sd3.native.text import ENCODERS, TOKENIZERS, warn_of_cuts
@@ -45,7 +47,7 @@ class Painter:
         diffusers_logging.set_verbosity_error()
         pipeline = StableDiffusion3Pipeline(
             transformer=trained.parts["transformer"],
-            vae=AutoencoderKL.from_pretrained(self.model / "vae", variant=self.options.variant),
+            vae=load_weights(AutoencoderKL, self.model / "vae", self.options.variant),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(self.model / "scheduler"),
             **self._text_parts(trained),
         ).to(self.accelerator.device)
@@ -55,8 +57,10 @@ class Painter:
         names = (*ENCODERS, *TOKENIZERS)
         if trained.denoiser.encoders is None:
             return dict.fromkeys(names)
-        tokenizers = {name: kind.from_pretrained(self.model / name) for name, kind in TOKENIZERS.items()}
-        return {name: getattr(trained.denoiser.encoders, name) for name in ENCODERS} | tokenizers
+        there = parts_of(self.model)
+        tokenizers = {name: load_tokenizer(TOKENIZERS[name], self.model / name) for name in TOKENIZERS if name in there}
+        encoders = {name: getattr(trained.denoiser.encoders, name) for name in ENCODERS}
+        return dict.fromkeys(names) | encoders | tokenizers
 
     def _prompt(self) -> dict[str, Any]:
         """The prompt for the pipeline: its text where text encoders are trained, else embeds [1, 77 + T, D].

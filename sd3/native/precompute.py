@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from sd3.common.command_line import UserError
-from sd3.common.model_files import content_hash
+from sd3.common.model_files import content_hash, has_t5, parts_of
 from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
 from sd3.common.package_versions import package_versions
+from sd3.common.part_loading import joint_attention_dim, load_weights
 from sd3.native.cache import Cache, Shapes, Tensors, compute_missing
 from sd3.native.pictures import View, identity
 from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
@@ -109,23 +110,27 @@ class Precompute:
         return torch.stack([view.pixels(self.options.resolution) for view in views])
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        vae = AutoencoderKL.from_pretrained(self.model / "vae", variant=self.options.variant, torch_dtype=dtype)
+        vae = load_weights(AutoencoderKL, self.model / "vae", self.options.variant, torch_dtype=dtype)
         return vae.requires_grad_(False).eval().to(
             self.accelerator.device, memory_format=convolution_format(self.accelerator.device.type)
         )
 
     def prompts(self, captions: Sequence[str], dtype: torch.dtype, t5_tokens: int) -> list[str]:
         """Keys of the captions' embeds: `prompt` [77 + t5_tokens, D] and `pooled` [P], of the encoders in `dtype`."""
-        parts = content_hash(self.model / name for name in (*ENCODERS, *TOKENIZERS))
+        there = parts_of(self.model)
+        parts = content_hash(self.model / name for name in (*ENCODERS, *TOKENIZERS) if name in there)
+        # The zeros that stand for T5's output are as wide as the transformer wants them.
+        width = {} if has_t5(self.model) else {"width": joint_attention_dim(self.model / "transformer")}
         libraries = package_versions(PROMPT_LIBRARIES)
+        tokenizers = Tokenizers(self.model, t5_tokens)
+        t5_tokens = tokenizers.t5_tokens
         keys = [
             Cache.key(
                 what="prompt 2", caption=caption, t5_tokens=t5_tokens, parts=parts, variant=self.options.variant,
-                dtype=str(dtype), libraries=libraries,
+                dtype=str(dtype), libraries=libraries, **width,
             )
             for caption in captions
         ]
-        tokenizers = Tokenizers(self.model, t5_tokens)
         encoders: TextEncoders | None = None
 
         @torch.no_grad()

@@ -9,20 +9,24 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tqdm.auto import tqdm
 
 from sd3.common.command_line import UserError
 from sd3.common.files import new_file
+from sd3.common.model_files import parts_of
+from sd3.common.part_loading import by_itself, load_tokenizer, load_weights
 from sd3.common.pictures import picture_files
 from sd3.inference.weights import release, told_of_memory
+from sd3.native.text import ENCODERS, TOKENIZERS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+MODEL_CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
 OWN_NAME = re.compile(r"class-\d{5,}\.png")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Seeds of two runs are this far apart, so that they share no picture's seed.
@@ -69,6 +73,20 @@ def _unfinished_chunks(folder: Path, count: int, size: int) -> list[range]:
     return [chunk for chunk in chunks if not all(_path(folder, number).exists() for number in chunk)]
 
 
+def _unusual_parts(model: Path, variant: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Parts of a pipeline directory that StableDiffusion3Pipeline.from_pretrained has to be given: those that the model
+    has not, as None, and those with files that it would not find."""
+    there, found = parts_of(model), {}
+    for name, kind in {**MODEL_CLASSES, **ENCODERS, **TOKENIZERS}.items():
+        if name not in there:
+            found[name] = None
+        elif name in TOKENIZERS and not by_itself(model / name):
+            found[name] = load_tokenizer(kind, model / name)
+        elif not by_itself(model / name, variant):
+            found[name] = load_weights(kind, model / name, variant, torch_dtype=dtype)
+    return found
+
+
 def _paint(options: argparse.Namespace, model: str | Path, accelerator: Accelerator, chunks: list[range]) -> None:
     """Paint the chunks and write those of their pictures that are missing."""
     device, folder = accelerator.device, Path(options.class_data_dir)
@@ -77,8 +95,9 @@ def _paint(options: argparse.Namespace, model: str | Path, accelerator: Accelera
     advice = f"lower --sample_batch_size={options.sample_batch_size}"
     with told_of_memory(device.type, advice):
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model, revision=options.revision, variant=options.variant, torch_dtype=dtype
-        ).to(device)
+            model, revision=options.revision, variant=options.variant, torch_dtype=dtype,
+            **_unusual_parts(Path(model), options.variant, dtype),
+        ).to(device)  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         for chunk in tqdm(chunks, "Painting class pictures", disable=not accelerator.is_local_main_process):
             first = (options.seed or 0) * NUMBERS_PER_SEED
