@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sd3.common.model_files import has_t5
 from sd3.common.model_sizes import CLIP_TOKENS
+from sd3.common.tokenizer_files import tokenizer_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,7 +53,8 @@ def caption_lengths(captions: Sequence[str], model: Path, t5_tokens: int) -> lis
         model: pipeline directory whose tokenizers are complete (sd3.common.model_files.check_model).
         t5_tokens: tokens that T5 reads of a caption.
     """
-    return cuts_by_folder(captions, {name: model / name for name in (*CLIP_FOLDERS, T5_FOLDER)}, t5_tokens)
+    names = (*CLIP_FOLDERS, T5_FOLDER) if has_t5(model) else CLIP_FOLDERS
+    return cuts_by_folder(captions, {name: model / name for name in names}, t5_tokens)
 
 
 def cuts_by_folder(captions: Sequence[str], folders: Mapping[str, Path], t5_tokens: int) -> list[EncoderCut]:
@@ -122,16 +125,14 @@ def t5_counter(folder: Path) -> Counter:
 
 
 def clip_counter(folder: Path) -> Counter:
-    """Counts tokens as CLIPTokenizer of transformers 4 does, as CLIPTokenizerFast where there is only its file."""
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if not (vocabulary.is_file() and merges.is_file()):
-        return _counter_of_file(folder)
-    try:
-        return ClipCounter(folder)
-    except Exception:  # ftfy is absent, or tokenizers refuses (it raises plain Exceptions) what CLIPTokenizer tolerates
-        from transformers import CLIPTokenizer
+    """Counts tokens as CLIPTokenizer of transformers 4 does."""
+    with tokenizer_folder(folder) as found:
+        try:
+            return ClipCounter(found)
+        except Exception:  # ftfy is absent, or tokenizers refuses (it raises plain Exceptions) what CLIPTokenizer takes
+            from transformers import CLIPTokenizer
 
-        return _counter_of(CLIPTokenizer.from_pretrained(folder))
+            return _counter_of(CLIPTokenizer.from_pretrained(found))
 
 
 def _counter_of(tokenizer: Callable) -> Counter:

@@ -97,6 +97,7 @@ def make_plan(options: Options, dtype: str) -> Plan:
     sources = find_sources(options.model, options.lora, options.local_files_only, options.default_lora)
     _check_size(options, sources)
     tokens = prompt_tokens(options, sources)
+    options.notes.extend(sources.notes())
     common = {
         "steps": options.steps, "guidance_scale": options.guidance_scale, "height": options.height,
         "width": options.width, "dtype": dtype, "model": _place(options.model), "model_hash": sources.model_hash(),

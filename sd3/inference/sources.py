@@ -18,7 +18,7 @@ from sd3.common.model_files import (
     parts_of,
 )
 from sd3.common.trained_length import RUN_SETTINGS
-from sd3.common.weight_files import MODELS, damaged_files, tensor_shapes
+from sd3.common.weight_files import MODELS, damaged_files, of_variants, tensor_shapes
 from sd3.model.lora_file import PARTS as LORA_PARTS
 from sd3.model.lora_file import PEFT_FILE, LoraFile, read_lora
 from sd3.model.lora_settings import LoraError
@@ -48,6 +48,15 @@ class Sources:
     def model_hash(self) -> str:
         """Hash of all parts, see sd3.common.model_files.content_hash."""
         return content_hash(self.parts.values())
+
+    def notes(self) -> list[str]:
+        """What is unusual about the model, a sentence each."""
+        notes = []
+        if "text_encoder_3" not in self.parts:
+            notes.append("note: the model has no T5; prompts are read by CLIP alone.")
+        if found := of_variants([folder for part, folder in self.parts.items() if part in MODELS]):
+            notes.append(f"note: no whole plain weight files; read {found}.")
+        return notes
 
     def lora_hash(self) -> str:
         """Hash of the LoRA, see sd3.model.lora_file.LoraFile.content_hash; empty without one."""

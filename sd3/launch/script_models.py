@@ -1,6 +1,7 @@
 """What the patched scripts can load of a model. They read it by the libraries' own rules, all parts as one variant.
 
-Command line: a model, then the flags that the script gets. Prints the variant to give to the script beside them, empty for none.
+Command line: a model, then the flags that the script gets. Prints the variant to give to the script beside these flags,
+empty for none.
 Exit status: 0, also where the model is incomplete, which others report; 1 where only the native engine can load the
 model, with the reason on standard output; 2 where no engine can, as it lacks the variant asked for.
 """

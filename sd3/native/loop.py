@@ -280,7 +280,7 @@ def tell_of_model(options: argparse.Namespace, model: Path) -> None:
         logger.info("The model has no T5: zeros stand for its output, as in StableDiffusion3Pipeline.")
     parts = [model / name for name in parts_of(model) if name in MODELS]
     if found := of_variants(parts, options.variant):
-        logger.info("Without whole plain weight files: %s.", found)
+        logger.info("No whole plain weight files; read %s.", found)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
