@@ -18,19 +18,19 @@ from transformers import CLIPTokenizer, T5EncoderModel
 import native_runs
 from launching import LORA, fake_project, launch
 from native_parts import Ranks, options
-from sd3.launch import script_models
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
 from sd3.common.model_files import check_model
 from sd3.common.part_loading import load_tokenizer, load_weights
-from sd3.launch.preflight import checkpoint_bytes
-from sd3.launch.script_models import OnlyNative, script_variant
 from sd3.common.tokenizer_files import MERGES_HEAD
 from sd3.common.weight_files import MODELS, choose_weights, tensor_shapes
 from sd3.data.caption_lengths import caption_lengths
 from sd3.inference.paint import encode_prompts
 from sd3.inference.sources import find_sources
 from sd3.inference.weights import Weights
+from sd3.launch import script_models
+from sd3.launch.preflight import checkpoint_bytes
+from sd3.launch.script_models import OnlyNative, script_variant
 from sd3.native.model import Trained
 from sd3.native.outputs import write_result
 from sd3.native.precompute import Precompute
@@ -327,7 +327,8 @@ def gradients(trained: Trained, name: str) -> list[torch.nn.Parameter]:
 
 PROMPTS = [
     "a photo of sks dog", "", "Ünïcode CAFÉ naïve", "“curly” ‘quotes’ … schÃ¶n", "ﬁne ﬀ ｆｕｌｌ",
-    "日本語 🐶 👩\u200d🚀", "don't I'VE we'll", "hello! wow!! !", "<|endoftext|> x <|startoftext|>", "tab\tnew\nline\u00a0nbsp\u3000",
+    "日本語 🐶 👩\u200d🚀", "don't I'VE we'll", "hello! wow!! !", "<|endoftext|> x <|startoftext|>",
+    "tab\tnew\nline\u00a0nbsp\u3000",
     "word " * 120, "a" * 300, "&amp; <b> e\u0301 İstanbul ß ½ ٣ हिन्दी кот עִבְרִית",
 ]  # fmt: skip
 

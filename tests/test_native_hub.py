@@ -84,6 +84,16 @@ def test_card_and_pictures(kind: str, tmp_path: Path, calls: dict, pushed: Calla
     assert "text encoders are as they were" in card.text
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_card_of_a_model_without_t5_says_so_to_the_library(
+    kind: str, tmp_path: Path, calls: dict, pushed: Callable
+) -> None:
+    hub.upload(pushed(), "me/dog", [], kind, trained_text_encoders=False, with_t5=False)
+    code = (tmp_path / "dog" / "README.md").read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "torch_dtype=torch.float16, text_encoder_3=None, tokenizer_3=None)" in code
+
+
 def test_the_token_is_in_no_file(tmp_path: Path, calls: dict, pushed: Callable) -> None:
     hub.upload(pushed(), "me/dog", [Image.new("RGB", (8, 8))], "lora", trained_text_encoders=True)
     assert calls["upload"]["token"] == calls["card"]["token"] == TOKEN

@@ -74,7 +74,10 @@ def _compare(options: argparse.Namespace, script: Path, scratch: Path) -> dict:
     if options.model in MADE:
         model, side = str(scratch / "model"), options.side or 8 * SIZES[options.model].sample_size
         make_tiny_sd3(Path(model), size=options.model, half=True)
-    size = size_of(find_sources(model, local_files_only=True).parts)
+    parts = find_sources(model, local_files_only=True).parts
+    if "text_encoder_3" not in parts:
+        raise UserError(f"--model={model} has no T5, with which both loops are measured; give a model that has one.")
+    size = size_of(parts)
     case = Case(
         model, ranks.torch_device, dtype, options.prompts, options.seeds, options.steps, side, options.guidance_scale
     )

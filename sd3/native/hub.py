@@ -53,8 +53,11 @@ pipeline("{example}", max_sequence_length={length}).images[0].save("picture.png"
 
 The terms of the base model hold: [{licence}]({licence}).
 """
-FULL_CODE = 'pipeline = StableDiffusion3Pipeline.from_pretrained("{repo}", torch_dtype=torch.float16).to("cuda")'
-LORA_CODE = """pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
+FULL_CODE = """pipeline = StableDiffusion3Pipeline.from_pretrained("{repo}", torch_dtype=torch.float16{without})
+pipeline.to("cuda")"""
+WITHOUT_T5 = ", text_encoder_3=None, tokenizer_3=None"  # the library wants it said, whatever the index says
+LORA_CODE = """pipeline = StableDiffusion3Pipeline.from_pretrained("{base}", torch_dtype=torch.float16{without})
+pipeline.to("cuda")
 pipeline.load_lora_weights("{repo}")"""
 
 
@@ -77,12 +80,14 @@ def upload(
     pictures: Sequence[Image.Image],
     kind: str,
     trained_text_encoders: bool,
+    with_t5: bool = True,
 ) -> None:
     """Write the model card and its pictures into --output_dir, and send them and the weights to `repo_id`.
 
     Args:
         pictures: what the trained model painted of --validation_prompt; may be empty.
         kind: "full" or "lora".
+        with_t5: whether the model has a T5.
 
     Raises:
         UserError: the hub refuses or cannot be reached; the weights stay where they are.
@@ -93,7 +98,7 @@ def upload(
         with new_file(folder / name) as aside:
             picture.save(aside, format="PNG")
     with _told_of_the_hub(f"--push_to_hub: {folder} cannot be uploaded to {repo_id}"):
-        _write_card(options, repo_id, len(pictures), kind, trained_text_encoders)
+        _write_card(options, repo_id, len(pictures), kind, trained_text_encoders, with_t5)
         upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="DreamBooth training",
             allow_patterns=[*UPLOADED[kind], "README.md", *shown], token=options.hub_token,
@@ -101,7 +106,7 @@ def upload(
 
 
 def _write_card(
-    options: argparse.Namespace, repo_id: str, pictures: int, kind: str, trained_text_encoders: bool
+    options: argparse.Namespace, repo_id: str, pictures: int, kind: str, trained_text_encoders: bool, with_t5: bool
 ) -> None:
     """README.md in --output_dir; a card that the repository has already is kept, and gets the tags it lacks."""
     base, prompt = options.pretrained_model_name_or_path, options.instance_prompt
@@ -116,7 +121,9 @@ def _write_card(
         base=shown,
         encoders="Text encoders were trained too." if trained_text_encoders else "The text encoders are as they were.",
         prompt=prompt,
-        code=(LORA_CODE if kind == "lora" else FULL_CODE).format(base=shown, repo=repo_id),
+        code=(LORA_CODE if kind == "lora" else FULL_CODE).format(
+            base=shown, repo=repo_id, without="" if with_t5 else WITHOUT_T5
+        ),
         example=example.replace("\\", "\\\\").replace('"', '\\"'),
         licence=licence,
         length=options.max_sequence_length,

@@ -269,7 +269,9 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         epochs = math.ceil(steps / stream.steps_an_epoch)
         pictures = painter.paint(trained, epochs - 1, "test") if painter.wanted else []
         if repository:
-            hub.upload(options, repository, pictures, kind, bool(options.train_text_encoder))
+            hub.upload(
+                options, repository, pictures, kind, bool(options.train_text_encoder), has_t5(model_folder)
+            )
     finish_trackers(accelerator)
     return 0
 
