@@ -133,7 +133,7 @@ LAYOUTS: dict[str, Callable[[Path, str], object]] = {
     "plain index of other shards": lambda part, plain: (part / f"{plain}.index.json").write_text(json.dumps(LEFT_OUT)),
     "damaged index": lambda part, plain: (part / f"{plain}.index.json").write_text("<html>"),
     "single file cut short": spoil_single,
-    "fp16 cut short": lambda part, plain: (part / plain.replace(".", ".fp16.", 1)).write_bytes(b"version https://git"),
+    "fp16 cut short": lambda part, plain: (part / plain.replace(".", ".fp16.", 1)).write_bytes(b"a git-lfs pointer"),
 }
 
 
