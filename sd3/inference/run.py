@@ -143,6 +143,8 @@ def prompt_tokens(options: Options, sources: Sources) -> PromptTokens:
         count, why = trained.tokens, f"as in training ({trained.file}); --max-sequence-length changes that"
     if count in (None, DEFAULT):
         return PromptTokens(DEFAULT, "")
+    if "text_encoder_3" not in sources.parts:
+        return PromptTokens(count, "")
     return PromptTokens(count, f"T5 reads {count} tokens of a prompt, {why}.")
 
 
