@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -12,9 +14,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from prepared import PREPARED, PROJECT, made_once
 
+IMAGE_SIZE = 64
 SCRIPTS = {"full": "train_dreambooth_sd3.py", "lora": "train_dreambooth_lora_sd3.py"}
 PATCHES = [
     line.split("#")[0].strip()
@@ -45,6 +53,43 @@ def scripts_without(number: str | None) -> Path:
         aside.rename(tree)
 
     return made_once(PREPARED / "queue" / digest.hexdigest()[:12] / name, make) / "examples" / "dreambooth"
+
+
+def load_script(kind: str, without: str | None = None) -> ModuleType:
+    """A script as a module, to call its parts; imports go on looking where they did."""
+    path = scripts_without(without) / SCRIPTS[kind]
+    spec = importlib.util.spec_from_file_location(f"patched_{kind}_{without}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    places = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = places
+    return module
+
+
+def data_set(kind: str, without: str | None = None, **changed: Any) -> Any:
+    """The script's data set of instance images, 64 pixels square, from a folder or by --dataset_name."""
+    script = load_script(kind, without)
+    script.logger = logging.getLogger(script.__name__)  # accelerate's wants a run
+    folder = changed.pop("folder", None)
+    classes = {"class_data_root": changed.pop("class_data_root", None)}
+    script.args = SimpleNamespace(
+        **{
+            **{"dataset_name": None, "dataset_config_name": None, "dataset_split": "train", "cache_dir": None},
+            "image_column": "image",
+            **{"caption_column": None, "random_flip": False, "center_crop": True, "resolution": IMAGE_SIZE},
+            **changed,
+        }
+    )
+    options = {"size": IMAGE_SIZE, "center_crop": script.args.center_crop, "repeats": changed.get("repeats", 1)}
+    return script.DreamBoothDataset(folder, "a photo of sks dog", "a dog", **options, **classes)
+
+
+def noise(mode: str, seed: int = 0, size: tuple[int, int] = (80, 96)) -> Image.Image:
+    """An image of random values; size: rows and columns."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(seed).integers(0, 255, (*size, channels), np.uint8)
+    return Image.frombytes(mode, size[::-1], values.tobytes())
 
 
 def free_port() -> int:

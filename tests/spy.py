@@ -7,20 +7,27 @@ SPY_DIR names a folder; rank N appends JSON lines to spy-N.jsonl there, each [ev
     prompts     the prompts given to a CLIP tokenizer
     t5          the prompts given to the T5 tokenizer
     latents     per image, sum of the latent distribution's mean, when latents are sampled
+    text_tokens length of the text that the transformer is given
+    reduction   number of messages in which DDP has sent a model's gradients to the other ranks
     validation  dtypes and checksums of transformer and VAE before and after a pipeline paints, and the noise's seed
     removed     name of a directory tree removed
     npu         sum of the state handed to the stand-in for torch.npu
 SPY_KILL_AT=PART ends the process at once, as kill -9 would, when torch.save begins a file whose path has that part.
+SPY_NAN=RANK:N makes the N-th noise of a rank NaN, and SPY_NAN_GRADIENT=N the gradients of all ranks' N-th batch.
+SPY_LATE=RANK:SECONDS has a rank sleep when it is given its seed.
 SPY_NPU=1 puts a stand-in for torch.npu in place that has a random state, and nothing else, of an NPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import runpy
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,17 +61,61 @@ def fingerprint(pipeline) -> dict[str, list]:
     }
 
 
+def setting_of_rank(name: str) -> int | None:
+    """N where the environment variable is RANK:N and this is that rank."""
+    rank, _, value = os.environ.get(name, "").partition(":")
+    return int(value) if rank == os.environ.get("RANK", "0") else None
+
+
+def disturb() -> None:
+    """Gradients that are NaN, and a rank that comes late."""
+    import accelerate
+
+    counted = itertools.count(1)
+    original = accelerate.Accelerator.backward
+
+    def backward(self, loss, **kwargs):
+        original(self, loss, **kwargs)
+        if os.environ.get("SPY_NAN_GRADIENT") == str(next(counted)):
+            next(p for p in self._models[0].parameters() if p.grad is not None).grad.fill_(math.nan)
+
+    accelerate.Accelerator.backward = backward
+    before(accelerate.utils, "set_seed", lambda args, kwargs: time.sleep(setting_of_rank("SPY_LATE") or 0))
+
+
+def watch_reductions(ddp: type) -> None:
+    """Record what each DDP model sends, by the hook that DDP offers in place of its own all-reduce."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    original = ddp.__init__
+
+    def counted(group, bucket):
+        if bucket.is_last():
+            record("reduction", bucket.index() + 1)
+        return allreduce_hook(group, bucket)
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.register_comm_hook(None, counted)
+
+    ddp.__init__ = init
+
+
 def watch() -> None:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from torch.nn.parallel import DistributedDataParallel
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     original_randn_like = torch.randn_like
+    counted = itertools.count(1)
 
     def randn_like(tensor, *args, **kwargs):
         noise = original_randn_like(tensor, *args, **kwargs)
         if tensor.ndim == 4:
             record("noise", noise.double().sum().item())
+            if setting_of_rank("SPY_NAN") == next(counted):
+                noise.fill_(math.nan)
         return noise
 
     torch.randn_like = randn_like
@@ -83,6 +134,12 @@ def watch() -> None:
         "sample",
         lambda args, kwargs: record("latents", args[0].mean.double().flatten(1).sum(1).tolist()),
     )
+    before(
+        SD3Transformer2DModel,
+        "forward",
+        lambda args, kwargs: record("text_tokens", kwargs["encoder_hidden_states"].shape[1]),
+    )
+    watch_reductions(DistributedDataParallel)
     before(shutil, "rmtree", lambda args, kwargs: record("removed", Path(args[0]).name))
 
     def maybe_kill(args, kwargs):
@@ -119,6 +176,7 @@ if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).parent)
     watch()
+    disturb()
     if os.environ.get("SPY_NPU"):
         pretend_npu()
     runpy.run_path(script, run_name="__main__")

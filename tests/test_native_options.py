@@ -18,7 +18,8 @@ from sd3.native.options import PROJECT, SECRETS, TRACKERS, block_numbers, build_
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": None, "revision": None, "variant": None, "dataset_name": None,
-    "dataset_config_name": None, "instance_data_dir": None, "cache_dir": None, "image_column": "image",
+    "dataset_config_name": None, "dataset_split": "train", "instance_data_dir": None, "cache_dir": None,
+    "image_column": "image",
     "caption_column": None, "repeats": 1, "class_data_dir": None, "instance_prompt": None, "class_prompt": None,
     "max_sequence_length": 77, "validation_prompt": None, "num_validation_images": 4, "validation_epochs": 50,
     "with_prior_preservation": False, "prior_loss_weight": 1.0, "num_class_images": 100,
@@ -40,7 +41,6 @@ LORA_DEFAULTS = {
     "rank": 4, "lora_layers": None, "lora_blocks": None, "cache_latents": False, "upcast_before_saving": False
 }  # fmt: skip
 OWN_DEFAULTS = {
-    "dataset_split": "train",
     "precompute_dir": PROJECT / "build" / "precomputed", "vae_precision": "auto", "compile_blocks": False,
     "attention": "auto", "adamw": "auto", "checkpointed_blocks": "all", "keep_every": None, "log_every": None,
     "profile": 0, "continue_on_nonfinite": False,
@@ -64,7 +64,7 @@ def refused(*arguments: str, kind: str = "lora") -> str:
 
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_flags_and_defaults(kind: str) -> None:
-    assert (len(EXPECTED["full"]), len(EXPECTED["lora"])) == (69, 74)
+    assert (len(EXPECTED["full"]), len(EXPECTED["lora"])) == (70, 75)
     found = {flag.name: flag.default for flag in flags(kind)}
     assert found == EXPECTED[kind] | OWN_DEFAULTS
     given = {"pretrained_model_name_or_path": "m", "instance_prompt": "a dog", "instance_data_dir": "d"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 import pty
 import struct
@@ -11,11 +10,11 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
-from patching import SCRIPTS, Run, scripts_without, train
+from patching import SCRIPTS, Run, load_script, scripts_without, train
 
 pytestmark = pytest.mark.upstream
 VALIDATE = ("--validation_prompt=a dog", "--validation_epochs=1", "--num_validation_images=1", "--seed=0")
@@ -28,14 +27,6 @@ def _checkout(upstream_checkout: Path) -> None:
 
 def dog(folder: Path) -> list[str]:
     return [f"--instance_data_dir={folder}"]
-
-
-def load_script(kind: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"patched_{kind}", scripts_without(None) / SCRIPTS[kind])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.long

@@ -30,7 +30,7 @@ def test_every_patch_says_in_its_first_line_what_breaks_without_it() -> None:
     for name in PATCHES:
         header = (PROJECT / "patches" / name).read_text(encoding="utf-8").split("diff --git ")[0]
         assert header.startswith("Without this, "), name
-        for label in ("Fault: ", "Shows: ", "Mended: ", "Origin: "):
+        for label in ("Fault: ", "Shows: ", "Fixed: ", "Origin: "):
             assert f"\n{label}" in header, (name, label)
 
 
