@@ -161,6 +161,8 @@ def test_launchers_keep_the_length_of_both_engines(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     settings = (tmp_path / "run" / "run_settings.json").read_text()
+    seen = json.loads((tmp_path / "run" / "stub-0.json").read_text())
+    assert seen["environment"]["SD3_CUTS_PRINTED"] == "1"
     assert f'  "engine": "{engine}",\n' in settings and '  "max_sequence_length": "99",\n' in settings
 
 
@@ -316,7 +318,8 @@ def test_the_evaluation_passes_its_flag_on(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("more", [(), ("--train_text_encoder",)])
 def test_captions_that_are_cut_are_logged_once_with_and_without_text_encoders(
-    more: tuple[str, ...], tiny_model: Path, dog_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    more: tuple[str, ...], tiny_model: Path, dog_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = [f"--instance_data_dir={dog_dir}", "--resolution=32", f"--precompute_dir={tmp_path}", *more]
     with caplog.at_level(logging.WARNING):
@@ -326,6 +329,9 @@ def test_captions_that_are_cut_are_logged_once_with_and_without_text_encoders(
         "cut there."
     ]
     caplog.clear()
+    monkeypatch.setenv("SD3_CUTS_PRINTED", "1")  # by a launcher's summary of the data
+    loader(options(*given, f"--instance_prompt={LONG}"), tiny_model)
+    monkeypatch.delenv("SD3_CUTS_PRINTED")
     loader(options(*given, f"--instance_prompt={LONG}"), tiny_model, Ranks(1, 2))  # another rank than the first
     loader(options(*given, "--instance_prompt=a dog"), tiny_model)
     assert "longer than" not in caplog.text

@@ -256,6 +256,8 @@ check_run() {
     DATA_SUMMARY="$(settings_json |
       SD3_SUMMARY_FD=3 project_module sd3.launch.preflight "${TRAIN_ARGUMENTS[@]}" 3>&1 >&4)" || exit $?
   } 4>&1
+  # The summary has a cut for each encoder where the model is on this machine; the native engine need not tell them again.
+  [[ $DATA_SUMMARY != *'"encoder"'* ]] || export SD3_CUTS_PRINTED=1
 }
 
 quoted_command() { printf '%q ' "${COMMAND[@]}"; printf '\n'; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -80,7 +81,7 @@ class Texts:
     def prepare(cls, options: argparse.Namespace, items: Items, precompute: Precompute, dtype: torch.dtype) -> Texts:
         """Have the captions' embeds in the cache, or tokenize them; every rank calls this."""
         captions, length = items.captions, options.max_sequence_length
-        if precompute.accelerator.is_main_process:
+        if precompute.accelerator.is_main_process and "SD3_CUTS_PRINTED" not in os.environ:  # by the launcher
             warn_of_cuts(precompute.model, captions, length)
         if not options.train_text_encoder:
             return cls(
