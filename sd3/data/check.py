@@ -9,10 +9,12 @@ from pathlib import Path
 
 from sd3.common.command_line import UserError
 from sd3.common.pictures import picture_files
+from sd3.common.seen import SeenFiles
 from sd3.data.caption_lengths import caption_lengths
-from sd3.data.facts import ImageFacts, facts_of, in_parallel
+from sd3.data.facts import ImageFacts
+from sd3.data.known_images import look
 from sd3.data.summary import DataSummary, ImageSet
-from sd3.data.training_data import DataFlags, TrainingData, TrainingImage, read_class_folder, read_training_data
+from sd3.data.training_data import DataFlags, TrainingData, read_class_folder, read_training_data
 
 MOST_NAMED = 5  # faulty images in one sentence
 WORTH_A_BAR = 200
@@ -22,7 +24,8 @@ WORTH_A_BAR = 200
 class CheckFlags:
     """What of a run's flags the data depends on. `model`: its directory, None where it is not on this machine.
 
-    `only_images`: the patched scripts take every file of the class folder for an image.
+    `only_images`: the patched scripts take every file of the class folder for an image. `memory`: the directory where
+    facts of images are kept between runs, None for nowhere.
     """
 
     data: DataFlags
@@ -34,6 +37,7 @@ class CheckFlags:
     class_images: int = 0
     class_prompt: str = ""
     only_images: bool = False
+    memory: Path | None = None
 
 
 def check_data(flags: CheckFlags) -> tuple[list[str], DataSummary | None]:
@@ -43,7 +47,8 @@ def check_data(flags: CheckFlags) -> tuple[list[str], DataSummary | None]:
         classes = _class_data(flags)
     except UserError as error:
         return [str(error)], None
-    facts = look([*data.images, *(classes.images if classes else [])])
+    seen = SeenFiles(flags.memory, say=lambda line: print(line, file=sys.stderr))
+    facts = look([*data.images, *(classes.images if classes else [])], seen, with_bar)
     of_images, of_class = facts[: len(data.images)], facts[len(data.images) :]
     problems = image_problems(data, of_images, flags.data.dataset is not None, f"--input_dir={flags.data.folder}")
     if classes:
@@ -70,18 +75,6 @@ def _class_data(flags: CheckFlags) -> TrainingData | None:
         raise UserError(
             f"--class_data_dir={folder} cannot be read ({error.strerror}); give a folder that you may read."
         ) from None
-
-
-def look(images: Sequence[TrainingImage]) -> list[ImageFacts]:
-    """Facts of each image, decoded on all cores."""
-    return list(with_bar(in_parallel(_facts, images), len(images)))
-
-
-def _facts(image: TrainingImage) -> ImageFacts:
-    try:
-        return facts_of(image.content())
-    except UserError as error:
-        return ImageFacts("", problem=str(error))
 
 
 def with_bar(items: Iterable[ImageFacts], total: int) -> Iterable[ImageFacts]:

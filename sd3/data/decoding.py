@@ -25,6 +25,8 @@ from PIL import (  # the plugins: Pillow loads only five of them by itself
 )
 
 MOST_PIXELS = 100_000_000
+TURNED = (5, 6, 7, 8)  # EXIF orientations whose width is the height
+REDUCED = 8  # an eighth is the least that JPEG decoders make at once
 # What photographs and drawings are kept in. Pillow's other readers are older, rarer and start other programs (EPS).
 FORMATS = (
     "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
@@ -58,6 +60,7 @@ class Decoded:
 
     image: Image.Image
     changes: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None  # of the whole image, where `image` is a reduced one
 
 
 def decode(content: bytes) -> Image.Image:
@@ -71,11 +74,24 @@ def decode(content: bytes) -> Image.Image:
 
 def decode_with_changes(content: bytes) -> Decoded:
     """As `decode`, with a list of the conversions that were made."""
+    return _read(content, reduced=False)
+
+
+def inspect(content: bytes) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Width and height of what `decode` returns, and the conversions; raises as that does, after all bytes were read.
+
+    A photograph in JPEG takes a third of the time: its pixels are made at an eighth of the size.
+    """
+    found = _read(content, reduced=True)
+    return found.size or found.image.size, found.changes
+
+
+def _read(content: bytes, reduced: bool) -> Decoded:
     if not content:
         raise ImageError("the file is empty")
     _refuse_other_formats(content)
     try:
-        return _decode(content)
+        return _decode(content, reduced)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -90,7 +106,7 @@ def image_size(content: bytes) -> tuple[int, int]:
     try:
         with _open(content) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(0x0112, 1) in TURNED
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001
@@ -136,11 +152,15 @@ def _open(content: bytes) -> Image.Image:
     return image
 
 
-def _decode(content: bytes) -> Decoded:
+def _decode(content: bytes, reduced: bool) -> Decoded:
     with _open(content) as image:
         # Further images of an MPO are previews and the other eye's view.
         several = getattr(image, "is_animated", False) and image.format != "MPO"
         raw_mode = str(image.tile[0].args if image.tile else "")
+        size = None
+        if reduced and image.format in ("JPEG", "MPO") and min(image.size) >= REDUCED:
+            size = image.size
+            image.draft(None, (size[0] // REDUCED, size[1] // REDUCED))
         image.load()
         # In place: a photograph of 12 megapixels is copied for nothing otherwise.
         orientation = image.getexif().get(0x0112, 1)
@@ -148,8 +168,10 @@ def _decode(content: bytes) -> Decoded:
     changes = ["first of several frames"] if several else []
     if orientation in range(2, 9):
         changes.append("turned upright as its EXIF data say")
+    if size and orientation in TURNED:
+        size = size[::-1]
     converted, how = _to_rgb(image, raw_mode)
-    return Decoded(converted, (*changes, *how))
+    return Decoded(converted, (*changes, *how), size)
 
 
 def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, tuple[str, ...]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sd3.data.decoding import ImageError, decode_with_changes
+from sd3.data.decoding import ImageError, inspect
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MOST_WORKERS = 32  # each may have a whole image in memory
 WAITING_PER_WORKER = 2  # decoded images that wait for their turn: a photograph of 12 megapixels takes 36 MB
 
 
@@ -36,14 +39,29 @@ class ImageFacts:
         return self.width == self.height
 
 
+    def as_text(self) -> str:
+        """To be kept."""
+        return json.dumps([self.digest, self.width, self.height, self.changes, self.problem])
+
+    @classmethod
+    def from_text(cls, text: object) -> ImageFacts | None:
+        """What `as_text` gave; None for anything else."""
+        try:
+            digest, width, height, changes, problem = json.loads(text)  # type: ignore[arg-type]
+            found = cls(digest, int(width), int(height), tuple(map(str, changes)), problem and str(problem))
+            return found if re.fullmatch("[0-9a-f]{64}", digest) and (width > 0 and height > 0 or problem) else None
+        except (ValueError, TypeError):
+            return None
+
+
 def facts_of(content: bytes) -> ImageFacts:
-    """Look at an encoded image, decoding all of it."""
+    """Look at an encoded image, all of it."""
     digest = hashlib.sha256(content).hexdigest()
     try:
-        decoded = decode_with_changes(content)
+        (width, height), changes = inspect(content)
     except ImageError as error:
         return ImageFacts(digest, problem=f"cannot be read as an image ({error})")
-    return ImageFacts(digest, *decoded.image.size, decoded.changes)
+    return ImageFacts(digest, width, height, changes)
 
 
 def processors() -> int:
@@ -55,9 +73,9 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
     """The results for the items, in their order, computed by threads; only a few wait to be taken at any time.
 
     Pillow and hashlib let go of the interpreter while they work, so threads use all cores; `workers`: how many, 0 for
-    one per core.
+    one per core, MOST_WORKERS at most.
     """
-    workers = workers or processors()
+    workers = workers or min(processors(), MOST_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

@@ -21,19 +21,20 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
+Origin = tuple[Path, int | None]  # a file, and the number of the row where it is a table
+
 
 @dataclass(frozen=True)
 class TrainingImage:
     """An encoded image and its caption, None for none of its own.
 
-    `content` reads the bytes and raises UserError where it cannot. `origin`: the file that holds them, and the number
-    of the row where the file is a table.
+    `content` reads the bytes and raises UserError where it cannot; `origin` is where they are.
     """
 
     name: str
     content: Callable[[], bytes]
     caption: str | None
-    origin: tuple[Path, int | None] | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def check_training_data(
         class_images=options.num_class_images,
         class_prompt=options.class_prompt or "",
         only_images=settings["engine"] == "diffusers",
+        memory=options.precompute_dir,
     )
     return check_data(flags)
 

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from sd3.common.command_line import UserError
 from sd3.common.files import new_file
+from sd3.common.seen import SeenFiles
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int | None, ...]]  # by the tensors' names; None for any number
 LEFTOVER_AGE = 24 * 3600  # s
+KIND = "entry"  # of what is remembered about files
 KEPT_BYTES = 64 << 20  # of files that one process keeps mapped
 
 
@@ -36,6 +39,7 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         """`folder` is made when the first entry is written."""
         self.folder = folder
+        self.seen = SeenFiles(folder, logger.warning)
         self._kept: dict[str, Tensors] = {}
         self._room = KEPT_BYTES
 
@@ -69,6 +73,32 @@ class Cache:
             self._kept.pop(key, None)
             logger.warning("%s is damaged (%s) and will be computed again.", self.file(key), wrong)
         return not wrong
+
+    def all_held(self, keys: Sequence[str], shapes: Shapes) -> list[bool]:
+        """What `holds` says of each entry; what was found whole is not read again while it is the same."""
+        stamps = [self._stamp(key) for key in keys]
+        value = json.dumps(shapes)
+        known = self.seen.recall(KIND, keys, stamps)
+        held = [found == value or self.holds(key, shapes) for key, found in zip(keys, known, strict=True)]
+        self.seen.remember(KIND, [
+            (key, stamp, value)
+            for key, stamp, found, whole in zip(keys, stamps, known, held, strict=True)
+            if whole and stamp and found != value
+        ])  # fmt: skip
+        return held
+
+    def note_written(self, keys: Sequence[str], shapes: Shapes) -> None:
+        """Entries of these shapes were just written and need not be read to be found whole."""
+        value = json.dumps(shapes)
+        self.seen.remember(KIND, [(key, stamp, value) for key in keys if (stamp := self._stamp(key))])
+
+    def _stamp(self, key: str) -> str | None:
+        """By what an entry's file is known again, None where there is none."""
+        try:
+            found = os.stat(f"{self.folder}/{key[:2]}/{key}.safetensors")  # a Path for each takes as long again
+        except OSError:
+            return None
+        return f"{found.st_size} {found.st_mtime_ns}"
 
     def read(self, key: str) -> Tensors:
         """The tensors of an entry, on the CPU; they are the file's pages and not to be written to.
@@ -121,6 +151,7 @@ def compute_missing(
     chunk_size: int,
     mine: Callable[[int], bool],
     progress: Callable[[int], object],
+    announce: Callable[[list[int]], object] = lambda _: None,
 ) -> int:
     """Fill in the entries that are not there, a chunk of `chunk_size` at a time; returns how many were written.
 
@@ -128,18 +159,24 @@ def compute_missing(
     results, and a run that was killed half-way must end with the very entries of one that was not.
 
     `shapes`: of an entry's tensors. `compute` maps places in `keys` to their tensors; `mine` says of a chunk's number
-    whether this rank computes it; `progress` is told how many places are done.
+    whether this rank computes it; `progress` is told how many places are done; `announce` gets, before the first
+    `compute`, all places that it will be given.
     """
-    written = 0
-    for number, first in enumerate(range(0, len(keys), chunk_size)):
-        if not mine(number):
-            continue
-        chunk = list(range(first, min(first + chunk_size, len(keys))))
-        missing = [place for place in chunk if not cache.holds(keys[place], shapes)]
-        if missing:
-            tensors = dict(zip(chunk, compute(chunk), strict=True))
-            for place in missing:
-                cache.write(keys[place], tensors[place])
-        written += len(missing)
-        progress(len(chunk))
-    return written
+    chunks = [range(first, min(first + chunk_size, len(keys))) for first in range(0, len(keys), chunk_size)]
+    share = [chunk for number, chunk in enumerate(chunks) if mine(number)]
+    places = [place for chunk in share for place in chunk]
+    held = dict(zip(places, cache.all_held([keys[place] for place in places], shapes), strict=True))
+    unfinished = [chunk for chunk in share if not all(held[place] for place in chunk)]
+    progress(len(places) - sum(map(len, unfinished)))
+    announce([place for chunk in unfinished for place in chunk])
+    written: list[str] = []
+    try:
+        for chunk in unfinished:
+            for place, tensors in zip(chunk, compute(list(chunk)), strict=True):
+                if not held[place]:
+                    cache.write(keys[place], tensors)
+                    written.append(keys[place])
+            progress(len(chunk))
+    finally:
+        cache.note_written(written, shapes)
+    return len(written)

@@ -7,6 +7,7 @@ missing, and leave the device before training starts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
 from sd3.common.package_versions import package_versions
 from sd3.common.part_loading import joint_attention_dim, load_weights
 from sd3.native.cache import Cache, Shapes, Tensors, compute_missing
-from sd3.native.pictures import View, identity
+from sd3.native.pictures import Squares, View, identities
 from sd3.native.text import ENCODERS, TOKENIZERS, TextEncoders, Tokenizers, load_encoders
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Precompute:
 
         They are as the VAE gives them, not yet shifted and scaled.
         """
-        known = {content: identity(content) for content in dict.fromkeys(view.content for view in views)}
+        known = identities(views, self.cache.seen)
         names = [view.key(self.options.resolution, *known[view.content]) for view in views]
         distinct = dict(zip(names, views, strict=True))  # the same square is encoded once
         to_encode = list(distinct.values())
@@ -67,16 +68,21 @@ class Precompute:
         dtype = self._vae_dtype(tried, to_encode)
         keys = {name: Cache.key(what="latents 2", view=name, dtype=str(dtype), **vae_facts) for name in distinct}
         vae: AutoencoderKL | None = None
+        squares = Squares(to_encode, self.options.resolution)
 
         def compute(places: list[int]) -> list[Tensors]:
             nonlocal vae
             if vae is None:
                 vae = self._load_vae(dtype)
-            mean, logvar = encode(vae, self._pixels([to_encode[place] for place in places]))
+            mean, logvar = encode(vae, squares.take(len(places)))
             self._check_finite(mean, logvar, [to_encode[place] for place in places], dtype)
             return [{"mean": mean[i], "logvar": logvar[i]} for i in range(len(places))]
 
-        self._fill("Encoding pictures", list(keys.values()), self._latent_shapes(), compute, PICTURES_A_BATCH)
+        with contextlib.closing(squares):
+            self._fill(
+                "Encoding pictures", list(keys.values()), self._latent_shapes(), compute, PICTURES_A_BATCH,
+                squares.announce,
+            )  # fmt: skip
         return [keys[name] for name in names]
 
     def _vae_dtype(self, tried: str, views: Sequence[View]) -> torch.dtype:
@@ -152,15 +158,16 @@ class Precompute:
 
     def _fill(
         self, what: str, keys: Sequence[str], shapes: Shapes, compute: Callable[[list[int]], list[Tensors]],
-        chunk_size: int,
+        chunk_size: int, announce: Callable[[list[int]], object] = lambda _: None,
     ) -> None:  # fmt: skip
         """Compute this rank's share of what is missing, and wait for the other ranks'."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = sum(place // chunk_size % ranks == rank for place in range(len(keys)))
         with tqdm(total=share, desc=what, disable=not self.accelerator.is_local_main_process, leave=False) as bar:
             written = compute_missing(
-                self.cache, keys, shapes, compute, chunk_size, lambda chunk: chunk % ranks == rank, bar.update
-            )
+                self.cache, keys, shapes, compute, chunk_size, lambda chunk: chunk % ranks == rank, bar.update,
+                announce,
+            )  # fmt: skip
         logger.info("%s: %d of %d computed by this rank.", what, written, len(keys))
         self.accelerator.wait_for_everyone()
 
