@@ -19,6 +19,7 @@ from sd3.native import checkpoint, checkpoint_files
 from sd3.native.checkpoint import pack, unpack
 from sd3.native.flag_changes import FIXED, FREE, HELD, changed_facts, differences, facts_of, remembered
 from sd3.native.model import Trained
+from sd3.native.optimizer import make_lr_schedule
 from sd3.native.options import flags
 
 
@@ -143,8 +144,13 @@ def test_an_optimizer_state_survives_packing() -> None:
 
 STATE = {
     "format": 2, "kind": "lora", "deepspeed": False, "ranks": 1, "step": 2, "position": 4, "seed": 5, "data": "hash",
-    "flags": {}, "schedule": {},
+    "flags": {"seed": None, "optimizer": "AdamW", "use_8bit_adam": False}, "schedule": {}, "optimizer": {},
 }  # fmt: skip
+
+
+ABSENT = object()
+DEEPSPEED = {"deepspeed": True, "optimizer": ABSENT}
+PRODIGY = {**STATE["flags"], "optimizer": "prodigy"}
 
 
 def accelerator(ranks: int = 1, deepspeed: bool = False) -> SimpleNamespace:
@@ -155,15 +161,15 @@ def accelerator(ranks: int = 1, deepspeed: bool = False) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("facts", "now", "flags", "says"),
     [
-        ({"deepspeed": True, "ranks": 4}, {"deepspeed": True, "ranks": 2}, [], "written by 4 ranks.* with 4 ranks"),
-        ({"deepspeed": True}, {}, [], "written with DeepSpeed; resume it with DeepSpeed"),
+        ({**DEEPSPEED, "ranks": 4}, {"deepspeed": True, "ranks": 2}, [], "written by 4 ranks.* with 4 ranks"),
+        (DEEPSPEED, {}, [], "written with DeepSpeed; resume it with DeepSpeed"),
         ({}, {"deepspeed": True}, [], "written without DeepSpeed"),
         ({"kind": "full"}, {}, [], "is of a full fine-tune, and this is a lora one"),
         ({"format": 99}, {}, [], "has format 99, expected 2"),
-        ({"step": 9}, {}, ["--max_train_steps=8"], "--max_train_steps=8 is less than the 9 steps of"),
-        ({"flags": {"optimizer": "prodigy"}}, {}, [], "--optimizer=AdamW cannot go on from .* --optimizer=prodigy"),
-        ({"position": "here"}, {}, [], "cannot be read .state.json is not what this engine writes"),
-        ({"schedule": None}, {}, [], "cannot be read .state.json is not what this engine writes"),
+        ({"step": 9, "position": 9}, {}, ["--max_train_steps=8"], "--max_train_steps=8 is less than the 9 steps of"),
+        ({"flags": PRODIGY}, {}, [], "--optimizer=AdamW cannot go on from .* --optimizer=prodigy"),
+        ({"position": "here"}, {}, [], "cannot be read .state.json: position is 'here', expected a whole number"),
+        ({"schedule": None}, {}, [], "cannot be read .state.json: schedule is None, expected an object"),
         ({"ranks": 4}, {"ranks": 2}, ["--max_train_steps=2"], None),
     ],
 )
@@ -173,9 +179,9 @@ def test_what_cannot_be_resumed_from_is_refused(
     monkeypatch.setattr(checkpoint, "broadcast_object_list", lambda found: found)
     aside = tmp_path / ".partial"
     aside.mkdir()
-    state = {**STATE, **facts}
+    state = {name: value for name, value in {**STATE, **facts}.items() if value is not ABSENT}
     (aside / "state.json").write_text(json.dumps(state))
-    checkpoint_files.finish(aside, tmp_path / "checkpoint-2")
+    checkpoint_files.finish(aside, tmp_path / f"checkpoint-{state['step']}")
     options = native_options("--resume_from_checkpoint=latest", f"--output_dir={tmp_path}", *flags)
     if says is None:
         assert checkpoint.find(options, accelerator(**now), "lora")[1] == state
@@ -269,7 +275,8 @@ def test_a_crafted_checkpoint_is_refused_and_not_run(
     }  # fmt: skip
     (crafted / "manifest.json").write_text(json.dumps(manifest))
     log = train(output, tiny_model, dog_dir, "--train_batch_size=1", "--resume_from_checkpoint=latest", kind=kind)
-    assert f"{crafted / 'transformer' if kind == 'full' else crafted} cannot be read" in log
+    assert f"{crafted} cannot be read ({name}: " in log
+    assert "resume from the one before, checkpoint-2" in log
     assert "Traceback" not in log
     assert not mark.exists()
 
@@ -316,14 +323,17 @@ def test_deepspeed_is_given_no_checkpoint_that_does_not_fit(tiny_model: Path, tm
         raise RuntimeError("size mismatch")
 
     layers = {"other layers": "attn.to_v", "unreadable": "attn.to_q"}[harm]
-    Trained(native_options("--lora_layers=attn.to_q"), "lora", tiny_model, torch.float32).write_weights(tmp_path)
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    Trained(native_options("--lora_layers=attn.to_q"), "lora", tiny_model, torch.float32).write_weights(folder)
     trained = Trained(native_options(f"--lora_layers={layers}"), "lora", tiny_model, torch.float32)
-    model = SimpleNamespace(load_checkpoint=load_checkpoint)
-    options = native_options(f"--output_dir={tmp_path}")
-    made = checkpoint.Checkpoints(options, accelerator(deepspeed=True), trained, model, None, None)
+    model, options = SimpleNamespace(load_checkpoint=load_checkpoint), native_options(f"--output_dir={tmp_path}")
+    optimizer = torch.optim.AdamW(trained.parameters())
+    schedule = make_lr_schedule(options, optimizer, 4)
+    made = checkpoint.Checkpoints(options, accelerator(deepspeed=True), trained, model, None, schedule)
     says = {"other layers": "of another rank or other layers", "unreadable": "DeepSpeed's state is not what"}[harm]
     with pytest.raises(UserError, match=says):
-        made.load(tmp_path, {})
+        made.load(folder, {"schedule": schedule.state_dict(), "step": 2})
     assert asked == ([] if harm == "other layers" else [harm])
 
 

@@ -10,6 +10,7 @@ import argparse
 import errno
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,42 +24,24 @@ from safetensors.torch import load_file, save_file
 
 from sd3.common.command_line import UserError
 from sd3.native import checkpoint_files
+from sd3.native.checkpoint_files import unusable
+from sd3.native.checkpoint_state import FORMAT, Mismatch, check_facts, check_scaler, check_schedule, check_tensor, shown
 from sd3.native.flag_changes import differences, remembered
 from sd3.native.model import Trained, trainable
+from sd3.native.optimizer_state import check_groups, check_moments, complete, pack, unpack
 
 logger = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 DEEPSPEED = "deepspeed"
 LORA = "pytorch_lora_weights.safetensors"
-FORMAT = 2
-FACTS = {
-    "format": int, "kind": str, "deepspeed": bool, "ranks": int, "step": int, "position": int, "seed": int, "data": str,
-    "flags": dict, "schedule": dict,
-}  # fmt: skip
-UNREADABLE = "{} cannot be read ({} is not what this engine writes); resume from another checkpoint."
-
-
-def pack(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as tensors by name, and the rest as JSON can hold it."""
-    tensors, rest = {}, {}
-    for number, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                rest[f"{number}.{name}"] = value
-    return tensors, {"state": rest, "groups": state["param_groups"]}
-
-
-def unpack(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """What `pack` was given."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["state"]}.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in rest["groups"]]
-    return {"state": state, "param_groups": groups}
+# What DeepSpeed's own reading, and the unpickling in it, was seen to raise for files that were changed.
+DEEPSPEED_ERRORS = (
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, EOFError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+# What safetensors raises, and torch for a tensor of it that cannot be.
+TENSOR_ERRORS = (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 
 
 def find(options: argparse.Namespace, accelerator: Accelerator, kind: str) -> tuple[Path, dict[str, Any]] | None:
@@ -82,10 +65,6 @@ def find(options: argparse.Namespace, accelerator: Accelerator, kind: str) -> tu
         return None
     state = _state_of(folder)
     ranks, deepspeed = accelerator.num_processes, accelerator.distributed_type == DistributedType.DEEPSPEED
-    if state["format"] != FORMAT:
-        raise UserError(
-            f"{folder} has format {state['format']}, expected {FORMAT}; resume with the version that wrote it."
-        )
     if state["kind"] != kind:
         raise UserError(f"{folder} is of a {state['kind']} fine-tune, and this is a {kind} one; name another.")
     if state["deepspeed"] != deepspeed:
@@ -114,18 +93,25 @@ def _state_of(folder: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if not all(isinstance(state[name], kind) for name, kind in FACTS.items()):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(UNREADABLE.format(folder, STATE)) from None
+    except (ValueError, OSError, RecursionError):
+        raise unusable(folder, STATE, "it is not the JSON that this engine writes") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if type(found) is int and found != FORMAT:
+        raise UserError(
+            f"{folder} has format {shown(found)}, expected {FORMAT}; resume with the version that wrote it."
+        )
+    try:
+        check_facts(state, checkpoint_files.step_of(folder))
+    except Mismatch as reason:
+        raise unusable(folder, STATE, reason) from None
     return state
 
 
 def _tensors_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(folder / name)
-    except SafetensorError:
-        raise UserError(UNREADABLE.format(folder, name)) from None
+    except TENSOR_ERRORS:
+        raise unusable(folder, name, "it is not the safetensors that this engine writes") from None
 
 
 class Checkpoints:
@@ -218,22 +204,48 @@ class Checkpoints:
         Raises:
             UserError: its tensors do not fit the model in training.
         """
+        try:
+            check_schedule(state["schedule"], len(self.schedule.base_lrs), state["step"])
+        except Mismatch as reason:
+            raise unusable(folder, STATE, reason) from None
         if self.deepspeed:
             if self.trained.lora:
                 self._lora_of(folder)  # DeepSpeed would deal out the weights of other layers to those there are
-            try:
-                self.model.load_checkpoint(str(folder), tag=DEEPSPEED, load_module_strict=not self.trained.lora)
-            except (RuntimeError, ValueError, KeyError):
-                raise UserError(UNREADABLE.format(folder, "DeepSpeed's state")) from None
+            self._load_deepspeed(folder)
         else:
             self._load_weights(folder)
-            try:
-                self.optimizer.load_state_dict(unpack(_tensors_of(folder, OPTIMIZER), state["optimizer"]))
-            except (KeyError, ValueError, TypeError, AttributeError):
-                raise UserError(UNREADABLE.format(folder, "the optimizer's state")) from None
-            if self.accelerator.scaler is not None and "scaler" in state:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.schedule.load_state_dict(state["schedule"])
+            self._load_optimizer(folder, state)
+        self._load_schedule(state)
+
+    def _load_deepspeed(self, folder: Path) -> None:
+        try:
+            found, _ = self.model.load_checkpoint(
+                str(folder), tag=DEEPSPEED, load_module_strict=not self.trained.lora
+            )
+        except DEEPSPEED_ERRORS:
+            found = None
+        if found is None:
+            raise unusable(folder, DEEPSPEED, "DeepSpeed's state is not what this engine writes") from None
+
+    def _load_optimizer(self, folder: Path, state: dict[str, Any]) -> None:
+        packed, scaler, name = state["optimizer"], self.accelerator.scaler, STATE
+        try:
+            check_groups(packed, self.optimizer, state["schedule"]["base_lrs"])
+            if scaler is not None and ("scaler" in state or state["flags"].get("mixed_precision") == "fp16"):
+                check_scaler(state.get("scaler", {}))
+            name = OPTIMIZER
+            tensors = _tensors_of(folder, OPTIMIZER)
+            check_moments(tensors, packed, self.optimizer, state["schedule"]["last_epoch"], state["step"])
+        except Mismatch as reason:
+            raise unusable(folder, name, reason) from None
+        self.optimizer.load_state_dict(unpack(tensors, complete(packed, self.optimizer)))
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+
+    def _load_schedule(self, state: dict[str, Any]) -> None:
+        own, stored = self.schedule.state_dict(), state["schedule"]
+        # Versions of torch differ in what they note beside.
+        self.schedule.load_state_dict({**own, **{name: stored[name] for name in own.keys() & stored.keys()}})
         for group, rate in zip(self.schedule.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
 
@@ -246,14 +258,7 @@ class Checkpoints:
         for name, part in self.trained.parts.items():
             if not (folder / name).is_dir():
                 raise UserError(f"{folder} holds no {name}; give the same --train_text_encoder as before.")
-            try:
-                stored = type(part).from_pretrained(folder / name, torch_dtype=torch.float32, use_safetensors=True)
-                part.load_state_dict(stored.state_dict())
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):
-                raise UserError(
-                    f"{folder / name} cannot be read as the {name} in training; give the same "
-                    "--pretrained_model_name_or_path as before, or resume from another checkpoint."
-                ) from None
+            _load_part(folder, name, part)
 
     def _lora_of(self, folder: Path) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Each low-rank matrix in training with that of the checkpoint."""
@@ -269,4 +274,36 @@ class Checkpoints:
                 f"{folder} holds a LoRA of another rank or other layers; give the same --rank, --lora_layers, "
                 "--lora_blocks and --train_text_encoder as before."
             )
+        try:
+            for key, parameter in expected.items():
+                check_tensor(key, tensors[key], shapes[key], parameter.dtype)
+        except Mismatch as reason:
+            raise unusable(folder, LORA, reason) from None
         return [(parameter, tensors[key]) for key, parameter in expected.items()]
+
+
+def _load_part(folder: Path, name: str, part: torch.nn.Module) -> None:
+    """Put the tensors below `folder`/`name` into a part in training, which they must fill.
+
+    Its config is not read: the part is there already.
+
+    Raises:
+        UserError: they are not those of this part.
+    """
+    expected, loaded = part.state_dict(), set()
+    for path in sorted((folder / name).glob("*.safetensors")):
+        file = f"{name}/{path.name}"
+        tensors = _tensors_of(folder, file)
+        try:
+            for key, tensor in tensors.items():
+                if key not in expected or key in loaded:
+                    raise Mismatch(f"{shown(key)} is {'there twice' if key in loaded else 'no weight of it'}")
+                check_tensor(key, tensor, tuple(expected[key].shape), expected[key].dtype)
+        except Mismatch as reason:
+            raise unusable(folder, file, f"{reason}, of the {name} in training") from None
+        part.load_state_dict(tensors, strict=False)
+        loaded |= tensors.keys()
+    # A tensor with two names is written once.
+    filled = {expected[key].data_ptr() for key in loaded}
+    if lacking := [key for key in expected if key not in loaded and expected[key].data_ptr() not in filled]:
+        raise unusable(folder, name, f"{lacking[0]}, of the {name} in training, is missing")

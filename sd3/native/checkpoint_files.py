@@ -84,19 +84,55 @@ def rotate(output: Path, limit: int | None, keep_every: int | None) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def advice(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be resumed from: the one before, if there is one."""
+    before = [path for path in complete_checkpoints(folder.parent) if step_of(path) < step_of(folder)]
+    return f"resume from the one before, {before[-1].name}" if before else "there is none before it; start anew"
+
+
+def unusable(folder: Path, file: str, reason: object) -> UserError:
+    """The refusal of a checkpoint for what one of its files holds."""
+    return UserError(f"{folder} cannot be read ({file}: {reason}); {advice(folder)}.")
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint of this engine, None if all is as its manifest says."""
     try:
+        return _damage(folder)
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else "a file"
+        return f"{ascii(name)[1:-1]} cannot be read: {error.strerror}"
+
+
+def _expected(folder: Path) -> dict[Path, tuple[int, str]]:
+    """Size and hash of each file that a manifest lists.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or names a file that is outside of the checkpoint.
+    """
+    try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in facts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError from None
+    for path, name in zip(expected, facts, strict=True):
+        if Path(name).is_absolute() or ".." in path.relative_to(folder).parts or not name.isprintable():
+            raise ValueError
+    return expected
+
+
+def _damage(folder: Path) -> str | None:
+    """As `damage`; raises OSError where a file cannot be read."""
+    try:
+        expected = _expected(folder)
+    except (ValueError, OSError):
         return f"{MANIFEST} cannot be read"
     for path, (size, digest) in expected.items():
         name = path.relative_to(folder)
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+            return f"{name} has {path.stat().st_size} bytes, expected {str(size)[:60]}"
         if file_hash(path) != digest:
             return f"{name} is not what was written"
     present = {path for path in folder.rglob("*") if path.is_file()} - {folder / MANIFEST, folder / COMPLETE}
@@ -125,7 +161,5 @@ def find(output: Path, wanted: str) -> Path | None:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} was not written by the native engine; resume with --engine=diffusers.")
     if wrong := damage(folder):
-        before = [path for path in known if step_of(path) < step_of(folder)]
-        advice = f"resume from the one before, {before[-1].name}" if before else "there is none before it; start anew"
-        raise UserError(f"{folder} is damaged ({wrong}); {advice}.")
+        raise UserError(f"{folder} is damaged ({wrong}); {advice(folder)}.")
     return folder
