@@ -27,6 +27,7 @@ class EmulatedNpu:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(disturbing)}
         added = {"EMULATED_CANN_CARDS": str(cards), "OMP_NUM_THREADS": "1", "SD3_PYTHON": sys.executable}
         quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        kept["PYTHONPATH"] = str(PROJECT)
         return {**kept, **variables(self.built, kept), **added, **quiet, **extra}
 
     def run(

@@ -18,11 +18,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 
 from native_parts import options
-from native_runs import finished, forked, forked_ranks, log_of, scalars
+from native_runs import finished, forked, log_of, scalars
 from sd3.common.command_line import UserError
-from sd3.native.loop import optimize, refuse_sharding, start_accelerator
+from sd3.native.loop import optimize, refuse_sharding
 from sd3.native.optimizer import make_lr_schedule, make_optimizer, scaled_learning_rate
-from sd3.native.options import LR_SCHEDULERS, parse
+from sd3.native.options import LR_SCHEDULERS
 from sd3.native.step import Batch
 
 LOGGER = logging.getLogger("test_native_optimizer")
@@ -226,77 +226,6 @@ def test_scaled_learning_rate() -> None:
 
 
 # ---- on several ranks
-
-
-class Combined:
-    """NpuFusedAdamW's way with gradients: at the first step they become views of one tensor, the only one it reads."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.parameters, self.gradient = parameters, None
-
-    def read(self) -> torch.Tensor:
-        """What a step would read; afterwards it is zero, as zero_grad leaves it."""
-        if self.gradient is None:
-            self.gradient = torch.cat([one.grad.flatten() for one in self.parameters])
-            first = 0
-            for one in self.parameters:
-                one.grad.set_(self.gradient.untyped_storage(), first, one.grad.shape)
-                first += one.numel()
-        found = self.gradient.clone()
-        self.gradient.zero_()
-        return found
-
-
-class Small(torch.nn.Module):
-    """Two layers and a constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-        self.register_buffer("table", torch.zeros(2))
-
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return self.layers(given) + self.table
-
-
-def gradients_are_read(device: str) -> Any:
-    """A run's entry: do Combined's gradients stay those of all ranks where the engine takes its device for `device`?"""
-
-    def entry(kind: str, line: list[str]) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Accelerator, "device", property(lambda self: types.SimpleNamespace(type=device)))
-            accelerator = start_accelerator(parse(kind, line))
-        torch.manual_seed(0)
-        alone = Small()
-        model = accelerator.prepare(Small())
-        model.module.load_state_dict(alone.state_dict())
-        model.module.table.add_(accelerator.process_index)  # as it never is; a broadcast would show
-        combined, same = Combined(list(model.parameters())), []
-        for step in range(3):
-            halves = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(step))
-            model(halves[accelerator.process_index]).sin().sum().backward()
-            alone.zero_grad()
-            sum((alone(half) + rank).sin().sum() for rank, half in enumerate(halves)).div(2).backward()
-            expected = torch.cat([one.grad.flatten() for one in alone.parameters()])
-            same.append(torch.allclose(combined.read(), expected, rtol=1e-4, atol=1e-6))
-        print("same", same, "table", model.module.table.tolist())
-        return 0
-
-    return entry
-
-
-@pytest.mark.parametrize(("device", "same"), [("npu", [True, True, True]), ("cuda", [True, False, False])])
-def test_an_npus_optimizer_sees_the_gradients_of_all_ranks(device: str, same: list[bool], tmp_path: Path) -> None:
-    """Elsewhere they are views of DDP's buckets, which saves a copy, and Combined shows that it would notice.
-
-    No rank's constants are sent to the others, which would change the gradients too.
-    """
-    output, model = tmp_path / "run", tmp_path / "model"
-    data = ["--instance_data_dir=d"]
-    ranks = forked_ranks("full", output, model, data, entry=gradients_are_read(device))
-    assert [finished(rank) for rank in ranks] == [0, 0]
-    for number in range(2):
-        assert f"same {same} table {[float(number)] * 2}" in log_of(output, number).read_text(encoding="utf-8")
 
 
 def launched(kind: DistributedType, stage: int | None = None) -> Any:

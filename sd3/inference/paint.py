@@ -6,7 +6,7 @@ its own, prompts are encoded and latents are decoded one at a time. Only the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import pad
 
 from sd3.common.command_line import UserError
+from sd3.common.device_errors import told_of_compiler
 from sd3.common.part_loading import tokens_without_t5
 from sd3.common.trained_length import DEFAULT
 from sd3.inference.weights import Weights, release, told_of_memory
@@ -52,19 +53,9 @@ def encode_prompts(
     pooled: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
     for part in weights.encoders():
         with told_of_memory(device.type, f"{part} alone does not fit; use --dtype=float16, another device or the cpu"):
-            tokenizer, encoder = weights.text_encoder(part, device)
-        is_t5 = part == "text_encoder_3"
-        length = t5_tokens if is_t5 else tokenizer.model_max_length
-        for text in texts:
-            tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            output = encoder(tokens.input_ids.to(device), output_hidden_states=not is_t5)
-            if is_t5:
-                hidden[text].append(output.last_hidden_state.to("cpu", weights.dtype))
-            else:
-                # CLIP's last layer is trained for its pooled output alone; SD3 reads the one before it.
-                hidden[text].append(output.hidden_states[-2].to("cpu", weights.dtype))
-                pooled[text].append(output.text_embeds.to("cpu", weights.dtype))
-        del encoder
+            for text, (sequence, pool) in zip(texts, _encoded(weights, part, texts, device, t5_tokens), strict=True):
+                hidden[text].append(sequence)
+                pooled[text] += [] if pool is None else [pool]
         release(device.type)
     embeds = {}
     for text in texts:
@@ -75,6 +66,23 @@ def encode_prompts(
         joint = pad(joint, (0, t5.shape[-1] - joint.shape[-1]))
         embeds[text] = Embeds(torch.cat([joint, t5], dim=-2), torch.cat(pooled[text], dim=-1))
     return embeds
+
+
+def _encoded(
+    weights: Weights, part: str, texts: Sequence[str], device: torch.device, t5_tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """One encoder's output for each text, in host memory: a sequence (1, tokens, width); CLIP's pooled one too."""
+    tokenizer, encoder = weights.text_encoder(part, device)
+    is_t5 = part == "text_encoder_3"
+    length = t5_tokens if is_t5 else tokenizer.model_max_length
+    for text in texts:
+        tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        output = encoder(tokens.input_ids.to(device), output_hidden_states=not is_t5)
+        if is_t5:
+            yield output.last_hidden_state.to("cpu", weights.dtype), None
+        else:
+            # CLIP's last layer is trained for its pooled output alone; SD3 reads the one before it.
+            yield output.hidden_states[-2].to("cpu", weights.dtype), output.text_embeds.to("cpu", weights.dtype)
 
 
 def _zeros_for_t5(weights: Weights, clip: Sequence[torch.Tensor], t5_tokens: int) -> torch.Tensor:
@@ -129,7 +137,7 @@ class Painter:
             UserError: the arithmetic left the range of the dtype, or the device's memory is too small.
         """
         advice = f"lower --batch-size={len(recipes)}, or give --vae-tiling=on or --offload"
-        with told_of_memory(self.device.type, advice):
+        with told_of_compiler("--compile"), told_of_memory(self.device.type, advice):
             latents = self._denoise(recipes, embeds, on_step)
             return [self._decode(latents[i : i + 1], recipe) for i, recipe in enumerate(recipes)]
 

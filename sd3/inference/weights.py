@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from sd3.common.command_line import UserError
+from sd3.common.device_errors import out_of_memory
 from sd3.common.part_loading import joint_attention_dim, load_tokenizer, load_weights
 from sd3.model.lora_layers import add_lora
 from sd3.model.lora_settings import LoraError
@@ -126,9 +127,10 @@ def told_of_memory(device: str, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of torch.cuda and of torch_npu alike
-        if "out of memory" not in str(error).lower():
+        told = out_of_memory(error, device, advice)
+        if told is None:
             raise
-        raise UserError(f"the {device} has too little memory; {advice}.") from None
+        raise told from None
 
 
 def release(device: str) -> None:

@@ -29,6 +29,7 @@ from accelerate.utils import (
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from sd3.common.command_line import UserError
+from sd3.common.device_errors import compiler_failed, out_of_memory
 from sd3.common.hub_models import model_directory
 from sd3.common.model_files import has_t5, largest_side, parts_of
 from sd3.common.model_sizes import CLIP_TOKENS
@@ -61,11 +62,13 @@ logger = logging.getLogger(__name__)
 # here destroys a group, Accelerator.end_training included. See `train`.
 KEPT: list[object] = []
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TOO_LITTLE_MEMORY = "lower --train_batch_size (a launcher's --batch_size), or give --gradient_checkpointing"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(kind: str, arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; `kind` is `full` or `lora`. Returns the exit status."""
+    accelerator = None
     try:
         options = parse(kind, arguments)
         accelerator = start_accelerator(options)
@@ -79,6 +82,12 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         return refuse(UserError(f"{where}{error.strerror}; free some space and resume.", 1))
+    except RuntimeError as error:
+        device = "device" if accelerator is None else accelerator.device.type
+        told = out_of_memory(error, device, TOO_LITTLE_MEMORY) or compiler_failed(error, "--compile_blocks")
+        if told is None:
+            raise
+        return refuse(told)
 
 
 def train(kind: str) -> NoReturn:
