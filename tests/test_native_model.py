@@ -45,7 +45,9 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(model: Path, kind: str, *flags: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Trained:
     """The model as if after some training: every trained parameter has moved, each to a place of its own."""
-    made = Trained(options(*flags, kind=kind), kind, model, dtype)
+    with torch.random.fork_rng():  # A begins at random, and so does how much B A changes
+        torch.manual_seed(seed)
+        made = Trained(options(*flags, kind=kind), kind, model, dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
