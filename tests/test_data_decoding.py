@@ -196,9 +196,9 @@ HEIC = b"\0\0\0\x18ftyp" + b"mif1\0\0\0\0mif1heic" + bytes(100)
         (b"qoif" + bytes(100), "QOI"),
         (b"BLP2" + bytes(100), "BLP"),
         (encoded(cutout("RGB"), "EPS"), "EPS"),
-        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b'<?xml version="1.0"?>\n<svg/>', "SVG"),
         (b"<!DOCTYPE html><html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git-lfs pointer"),
+        (b"version https://" b"git-lfs.example/spec/v1\noid sha256:00", "git-lfs pointer"),
     ],
 )
 def test_other_files_are_named(content: bytes, said: str) -> None:

@@ -21,6 +21,7 @@ def test_the_table_has_the_engines_own_options(readme: str, title: str) -> None:
 # Each row of the table of differences, and the test that shows it.
 SHOWN_BY = {
     "latents and text embeddings": "test_a_second_run_loads_and_computes_nothing",
+    "models without T5, mixed variants, only `tokenizer.json`": "test_the_launcher_knows_what_an_engine_can_load",
     "precision of the VAE": "test_half_precision_is_taken_where_it_does_not_show",
     "flips": "test_flips_are_drawn_once_or_each_time",
     "class images of other than square shape": "test_class_images_are_cropped_anew_or_once",

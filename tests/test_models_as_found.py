@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, T5EncoderModel
 
 import native_runs
-from launching import LORA, fake_project, launch
+from launching import DDP, LORA, fake_project, launch
 from native_parts import Ranks, options
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
@@ -251,7 +251,7 @@ def test_a_variant_in_the_local_cache_is_found(
         rename(snapshot / part, "fp16")
     found = model_directory("somebody/half", "--model", local_files_only=True, cache_dir=str(tmp_path))
     assert found == snapshot
-    assert script_models.main(["somebody/half", f"--cache_dir={tmp_path}"]) == 0
+    assert script_models.main(["train_dreambooth_lora_sd3", "somebody/half", f"--cache_dir={tmp_path}"]) == 0
     assert capsys.readouterr().out == "fp16\n"
     (snapshot / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match="vae/config.json missing"):
@@ -416,6 +416,8 @@ def test_what_the_patched_scripts_can_load(model: Path) -> None:
     for part in set(MODELS) - {"vae"}:
         rename(model / part, "fp16")
     assert script_variant(model) == "fp16" == script_variant(model, "fp16")
+    with pytest.raises(OnlyNative, match="the full script .*--variant=fp16"):
+        script_variant(model, script="train_dreambooth_sd3")
     (model / "transformer" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(LEFT_OUT))
     with pytest.raises(OnlyNative, match="transformer/diffusion_pytorch_model.fp16.safetensors"):
         script_variant(model)
@@ -429,10 +431,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_launcher_knows_what_an_engine_can_load(
     project: Path, model: Path, dog_dir: Path, tmp_path: Path
 ) -> None:
-    def dry(*more: str) -> tuple[int, str, str]:
+    def dry(*more: str, launcher: str = LORA) -> tuple[int, str, str]:
         given = [f"--model_name={os.path.relpath(model, project)}", f"--input_dir={dog_dir}", "--device=cpu"]
         given += ["--mixed_precision=no", "--resolution=64", f"--output_dir={tmp_path}/run", "--dry-run"]
-        result = launch(project, LORA, *given, *more, cwd=project)
+        result = launch(project, launcher, *given, *more, cwd=project)
         return result.returncode, result.stdout, result.stderr
 
     for part in MODELS:
@@ -443,6 +445,7 @@ def test_the_launcher_knows_what_an_engine_can_load(
     status, out, _ = dry("--", "--variant=fp16")
     assert status == 0 and out.splitlines()[-1].count("--variant=fp16") == 1
     assert "--variant" not in dry("--engine=native")[1]
+    assert "engine: native (the patched scripts cannot load this model: the full script" in dry(launcher=DDP)[1]
     status, _, err = dry("--", "--variant=bf16")
     assert status == 2 and "--variant=bf16: " in err and "has no such weights" in err
     without_t5(model)

@@ -136,7 +136,7 @@ def _refuse_other_formats(content: bytes) -> None:
         raise ImageError(f"it is SVG; {_CONVERT}")
     if text.startswith((b"<html", b"<!doctype html")):
         raise ImageError("it is a web page; download the image itself")
-    if text.startswith(b"version https://git-lfs"):
+    if text.startswith(b"version ") and b"git-lfs" in text:
         raise ImageError("it is a git-lfs pointer; download the file itself")
 
 

@@ -62,7 +62,7 @@ choose_engine() {
     fi
   fi
   if [ "$ENGINE" = diffusers ]; then
-    VARIANT="$(project_module sd3.launch.script_models "${OPTION[model_name]}" "${PASSED_ON[@]}")" || status=$?
+    VARIANT="$(project_module sd3.launch.script_models "$SCRIPT" "${OPTION[model_name]}" "${PASSED_ON[@]}")" || status=$?
     case $status in
       0) ;;
       1) wrong="the patched scripts cannot load this model: $VARIANT" VARIANT=""

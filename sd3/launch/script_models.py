@@ -1,7 +1,7 @@
 """What the patched scripts can load of a model. They read it by the libraries' own rules, all parts as one variant.
 
-Command line: a model, then the flags that the script gets. Prints the variant to give to the script beside these flags,
-empty for none.
+Command line: the script, a model, then the flags that the script gets. Prints the variant to give to the script beside
+these flags, empty for none.
 Exit status: 0, also where the model is incomplete, which others report; 1 where only the native engine can load the
 model, with the reason on standard output; 2 where no engine can, as it lacks the variant asked for.
 """
@@ -21,6 +21,8 @@ from sd3.common.model_files import INDEX, check_model, has_t5, parts_of
 from sd3.common.tokenizer_files import only_tokenizer_json
 from sd3.common.weight_files import MODELS, choose_weights, variants_in
 
+# At its end it loads the base model without the variant, and what it has saved without one with it.
+FULL = "train_dreambooth_sd3"
 READS_TOKENIZER_JSON = 5  # the first version of transformers whose CLIPTokenizer does
 
 
@@ -28,7 +30,7 @@ class OnlyNative(Exception):
     """The patched scripts cannot load the model; the text is a clause that says why."""
 
 
-def script_variant(model: Path, asked: str | None = None) -> str | None:
+def script_variant(model: Path, asked: str | None = None, script: str = "train_dreambooth_lora_sd3") -> str | None:
     """The variant that a patched script has to be given to load the pipeline directory `model`; None for none.
 
     `asked`: the one that the user gives.
@@ -45,6 +47,8 @@ def script_variant(model: Path, asked: str | None = None) -> str | None:
     found = sorted({name for part in parts for name in variants_in(part)}, key=lambda name: _rank(name, parts))
     for variant in [asked] if asked else [None, *found]:
         if all(_loads(part, variant) for part in parts):
+            if variant and script == FULL:
+                raise OnlyNative(f"the full script fails at its end with --variant={variant}")
             return variant
     raise OnlyNative(f"{_obstacle(parts, asked)}, which the libraries do not find")
 
@@ -94,6 +98,7 @@ def _folder(name: str, cache_dir: str | None, revision: str | None) -> Path | No
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("script")
     parser.add_argument("model")
     for name in ("variant", "cache_dir", "revision"):
         parser.add_argument(f"--{name}")
@@ -104,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         check_variant(folder, options.variant)
-        found = script_variant(folder, options.variant)
+        found = script_variant(folder, options.variant, options.script)
         print("" if options.variant else found or "")
     except OnlyNative as error:
         print(error)
