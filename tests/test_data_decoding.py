@@ -255,3 +255,47 @@ def test_images_to_start_from_and_to_be_judged_are_decoded_alike(tmp_path: Path)
     ):
         with pytest.raises(UserError, match="HEIC; convert it to JPEG"):
             refuses()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_the_key_of_shallow_grey_is_transparent(depth: int) -> None:
+    value = (1 << depth) // 2
+    row = sum(value << shift for shift in range(0, 8, depth))
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, depth, 0, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes([0, *[row] * depth]))) + png_chunk(b"IEND", b"")
+    start = b"\x89PNG\r\n\x1a\n" + head
+    assert corners(start + png_chunk(b"tRNS", struct.pack(">H", value)) + pixels) == (WHITE, WHITE)
+    assert corners(start + pixels)[0] == ((1 << depth) // 2 * 255 // ((1 << depth) - 1),) * 3
+
+
+@pytest.mark.parametrize("form", ["BMP", "PCX"])
+def test_rows_of_162_bytes_are_not_16_bit_colour(form: str) -> None:
+    image = Image.new("RGB", (54, 4), RED)
+    assert decode_with_changes(encoded(image, form)).changes == ()
+
+
+def test_colour_of_16_bits_is_told_in_every_format() -> None:
+    ppm = b"P6 2 1 65535\n" + struct.pack(">6H", *[32768] * 6)
+    assert decode_with_changes(ppm).changes == ("16-bit colour to 8 bits",)
+    assert decode_with_changes(deep_png(2, np.full((2, 2, 3), 32768))).changes == ("16-bit colour to 8 bits",)
+
+
+def test_long_texts_in_a_png_are_no_obstacle() -> None:
+    head, rest = (whole := encoded(cutout("RGB")))[:33], whole[33:]
+    text = png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))
+    assert decode(head + text + rest).size == (30, 40)
+    with pytest.raises(ImageError, match="damaged"):  # 100 MB in a file of 100 kB
+        decode(head + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000))) + rest)
+
+
+def test_damage_of_a_known_kind_names_the_kind() -> None:
+    for content, name in ((encoded(cutout())[:33], "PNG"), (b"GIF89a" + bytes(3), "GIF"), (b"II*\0\x08\0", "TIFF")):
+        with pytest.raises(ImageError, match=f"damaged, or a kind of {name} that cannot be read"):
+            decode(content)
+
+
+def test_a_png_without_its_palette_is_damaged() -> None:
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 8, 3, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes(3))) + png_chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match="its palette is missing"):
+        decode(b"\x89PNG\r\n\x1a\n" + head + pixels)

@@ -7,6 +7,7 @@ an image whose values have no such scale is refused.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -18,42 +19,26 @@ from PIL import (  # the plugins: Pillow loads only five of them by itself
     ImageOps,
     Jpeg2KImagePlugin,  # noqa: F401
     PcxImagePlugin,  # noqa: F401
+    PngImagePlugin,
     SgiImagePlugin,  # noqa: F401
     TgaImagePlugin,  # noqa: F401
     TiffImagePlugin,  # noqa: F401
     WebPImagePlugin,  # noqa: F401
 )
 
+from sd3.data.image_formats import CONVERT, FORMATS, ImageError, refuse_other_formats, unidentified
+from sd3.data.tiff import TiffFacts, tiff_facts
+
 MOST_PIXELS = 100_000_000
 TURNED = (5, 6, 7, 8)  # EXIF orientations whose width is the height
 REDUCED = 8  # an eighth is the least that JPEG decoders make at once
-# What photographs and drawings are kept in. Pillow's other readers are older, rarer and start other programs (EPS).
-FORMATS = (
-    "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
-)  # fmt: skip
+# Programs keep whole workflows and editing histories in compressed text: 64 MB of it in all is Pillow's own limit.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # The limit on pixels is the one above; Pillow's own warns long before.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
-WIDE_GREY = 65535  # the largest value of 16-bit grey
-# Kinds of files that people try: how the first bytes tell them, what they are called, and what to do with them.
-_CONVERT = "convert it to PNG or JPEG"
-_HEIC = "convert it to JPEG, for example with `heif-convert` (libheif) or the photo program that made it"
-_BRANDS = {
-    b"heic": ("HEIC", _HEIC), b"heix": ("HEIC", _HEIC), b"hevc": ("HEIC", _HEIC), b"hevx": ("HEIC", _HEIC),
-    b"heim": ("HEIC", _HEIC), b"heis": ("HEIC", _HEIC), b"mif1": ("HEIC", _HEIC), b"msf1": ("HEIC", _HEIC),
-    b"avif": ("AVIF", _CONVERT), b"avis": ("AVIF", _CONVERT), b"crx ": ("CR3 (camera raw)", _CONVERT),
-}  # fmt: skip
-_OTHER_FORMATS = (
-    (b"DDS ", "DDS"), (b"qoif", "QOI"), (b"BLP", "BLP"), (b"%!PS", "EPS"), (b"%PDF", "PDF"), (b"8BPS", "PSD"),
-    (b"\xff\x0a", "JPEG XL"), (b"\x00\x00\x00\x0cJXL ", "JPEG XL"), (b"v/1\x01", "OpenEXR"), (b"#?RADIANCE", "HDR"),
-    (b"FUJIFILM", "RAF (camera raw)"), (b"gimp xcf", "XCF"),
-)  # fmt: skip
-
-
-class ImageError(ValueError):
-    """The bytes are not an image that can be used; the text is the reason, to stand in brackets."""
-
-
+LEVELS = {"L;2": 85, "L;4": 17}  # of 8 bits, for one of PNG's 2 and 4 bits: 255 / 3 and 255 / 15
+DEEP = re.compile(";16[BLN]?$")  # how Pillow calls channels of 16 bits in a file; 16 bits in all are BGR;16
 @dataclass(frozen=True)
 class Decoded:
     """An upright RGB image, and what was done to the file's own (`changes`, empty for plain RGB)."""
@@ -89,13 +74,13 @@ def inspect(content: bytes) -> tuple[tuple[int, int], tuple[str, ...]]:
 def _read(content: bytes, reduced: bool) -> Decoded:
     if not content:
         raise ImageError("the file is empty")
-    _refuse_other_formats(content)
+    refuse_other_formats(content)
     try:
         return _decode(content, reduced)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError("it is not an image of a known format") from None
+        raise ImageError(unidentified(content)) from None
     # Pillow's readers meet damaged files with whatever their arithmetic or tables raise.
     except Exception as error:  # noqa: BLE001
         raise ImageError(_reason(error)) from None
@@ -106,7 +91,8 @@ def image_size(content: bytes) -> tuple[int, int]:
     try:
         with _open(content) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in TURNED
+            # Of TIFF the size is the upright image's already.
+            turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in TURNED
     except ImageError:
         raise
     except Exception as error:  # noqa: BLE001
@@ -117,27 +103,6 @@ def image_size(content: bytes) -> tuple[int, int]:
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"it is damaged: {text}" if text else f"it is damaged: {type(error).__name__}"
-
-
-def _refuse_other_formats(content: bytes) -> None:
-    head = content[:512]
-    if head[4:8] == b"ftyp":
-        # Generic brands come first in some files; what the image is stands among the compatible ones.
-        brands = [head[8:12], *(head[place : place + 4] for place in range(16, min(len(head), 64), 4))]
-        found = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
-        name, advice = next((each for each in found if each[0] != "HEIC"), found[0] if found else ("", ""))
-        if name:
-            raise ImageError(f"it is {name}; {advice}")
-    for start, name in _OTHER_FORMATS:
-        if head.startswith(start):
-            raise ImageError(f"it is {name}; {_CONVERT}")
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(b"<svg") or (text.startswith((b"<?xml", b"<!--", b"<!doctype")) and b"<svg" in content[:4096]):
-        raise ImageError(f"it is SVG; {_CONVERT}")
-    if text.startswith((b"<html", b"<!doctype html")):
-        raise ImageError("it is a web page; download the image itself")
-    if text.startswith(b"version ") and b"git-lfs" in text:
-        raise ImageError("it is a git-lfs pointer; download the file itself")
 
 
 def _open(content: bytes) -> Image.Image:
@@ -156,31 +121,44 @@ def _decode(content: bytes, reduced: bool) -> Decoded:
     with _open(content) as image:
         # Further images of an MPO are previews and the other eye's view.
         several = getattr(image, "is_animated", False) and image.format != "MPO"
-        raw_mode = str(image.tile[0].args if image.tile else "")
+        raw_mode, of_tiff = _raw_mode(image), tiff_facts(image)
         size = None
         if reduced and image.format in ("JPEG", "MPO") and min(image.size) >= REDUCED:
             size = image.size
             image.draft(None, (size[0] // REDUCED, size[1] // REDUCED))
         image.load()
-        # In place: a photograph of 12 megapixels is copied for nothing otherwise.
-        orientation = image.getexif().get(0x0112, 1)
+        # In place: a photograph of 12 megapixels is copied for nothing otherwise. A TIFF is upright by now.
+        orientation = of_tiff.orientation if image.format == "TIFF" else image.getexif().get(0x0112, 1)
         ImageOps.exif_transpose(image, in_place=True)
     changes = ["first of several frames"] if several else []
     if orientation in range(2, 9):
         changes.append("turned upright as its EXIF data say")
     if size and orientation in TURNED:
         size = size[::-1]
-    converted, how = _to_rgb(image, raw_mode)
+    converted, how = _to_rgb(image, raw_mode, of_tiff)
     return Decoded(converted, (*changes, *how), size)
 
 
-def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _raw_mode(image: Image.Image) -> str:
+    """Pillow's name of the pixels as they are in the file; with ";16" where a channel has more than 8 bits."""
+    arguments = image.tile[0].args if image.tile else ""
+    if isinstance(arguments, str):
+        return arguments
+    names = [each for each in arguments or () if isinstance(each, str)]
+    # Of a PPM the largest value follows.
+    wide = image.format == "PPM" and any(isinstance(each, int) and each > 255 for each in arguments[1:2])
+    return f"{names[0]};16" if names and wide else next(iter(names), "")
+
+
+def _to_rgb(image: Image.Image, raw_mode: str, of_tiff: TiffFacts) -> tuple[Image.Image, tuple[str, ...]]:
     """The image in RGB, and how it became so."""
     if image.mode.startswith(("I", "F")):
-        image, how = _scaled(image)
+        image, how = _scaled(image, of_tiff)
         return image, (how,)
-    cut = ("16-bit colour to 8 bits",) if "16" in raw_mode else ()
-    key = _colour_key(image, cut=bool(cut))
+    if image.mode in ("P", "PA"):
+        _check_palette(image, of_tiff.palette)
+    cut = ("16-bit colour to 8 bits",) if DEEP.search(raw_mode) else ()
+    key = _colour_key(image, raw_mode)
     if image.mode in ALPHA_MODES or key is not None:
         flat, transparent = _on_white(image, key)
         return flat, (*cut, f"{image.mode} with transparency on white" if transparent else f"{image.mode} to RGB")
@@ -192,10 +170,22 @@ def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, tuple[str, 
         raise ImageError(f"its colours are in {image.mode}; convert it to RGB") from None
 
 
-def _colour_key(image: Image.Image, cut: bool) -> Any:  # noqa: ANN401  # what Pillow keeps in `info`
+def _check_palette(image: Image.Image, palette: bytes | None) -> None:
+    """Put the right palette in place; a PNG without any would be all black."""
+    if palette is not None:
+        image.putpalette(palette)
+    elif image.format == "PNG" and image.palette is None:
+        raise ImageError("it is damaged: its palette is missing")
+
+
+def _colour_key(image: Image.Image, raw_mode: str) -> Any:  # noqa: ANN401  # what Pillow keeps in `info`
     """The colour, or the palette's alphas, that a file declares transparent; None for none."""
     key = image.info.get("transparency")
-    if key is None or not cut:
+    if key is None:
+        return None
+    if raw_mode in LEVELS:  # pixels were scaled to 8 bits, the key was not
+        return key * LEVELS[raw_mode]
+    if not DEEP.search(raw_mode):
         return key
     # The pixels of 16-bit channels were read by their upper 8 bits, the key was not.
     return tuple(value >> 8 for value in key) if isinstance(key, tuple) else key >> 8
@@ -213,7 +203,7 @@ def _on_white(image: Image.Image, key: Any) -> tuple[Image.Image, bool]:  # noqa
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), True
 
 
-def _scaled(image: Image.Image) -> tuple[Image.Image, str]:
+def _scaled(image: Image.Image, of_tiff: TiffFacts) -> tuple[Image.Image, str]:
     """Grey of more than 8 bits, scaled to 8.
 
     Raises:
@@ -225,14 +215,18 @@ def _scaled(image: Image.Image) -> tuple[Image.Image, str]:
     transparent = values == key if isinstance(key, int) else None
     if image.mode == "F":
         if not (np.isfinite(least) and np.isfinite(most) and least >= 0 and most <= 1):
-            raise ImageError(f"its float values run from {least:g} to {most:g}, not from 0 to 1; {_CONVERT}")
+            raise ImageError(f"its float values run from {least:g} to {most:g}, not from 0 to 1; {CONVERT}")
         levels, how = np.rint(values.astype(np.float64) * 255), "float grey scaled to 8 bits"
-    elif least < 0 or most > WIDE_GREY:
+    elif least < 0 or most > of_tiff.white:
         raise ImageError(
-            f"its 32-bit values run from {least} to {most}, more than 16-bit grey holds; {_CONVERT}"
+            f"its 32-bit values run from {least} to {most}, more than 16-bit grey holds; {CONVERT}"
         )
     else:
-        levels, how = np.rint(values.astype(np.float64) / 257), "16-bit grey scaled to 8 bits"
+        bits = of_tiff.white.bit_length()
+        levels = np.rint(values.astype(np.float64) / (of_tiff.white / 255))
+        how = f"{bits}-bit grey scaled to 8 bits"
+    if of_tiff.inverted:
+        levels = 255 - levels
     grey = levels.astype(np.uint8)
     if transparent is not None:
         grey[transparent] = 255

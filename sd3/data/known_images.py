@@ -18,8 +18,8 @@ from sd3.data.facts import ImageFacts, facts_of, in_parallel
 from sd3.data.training_data import Origin, TrainingImage
 
 KIND = "image"
-# What is found depends on them too. The number is raised when sd3/data/decoding.py judges or converts differently.
-RULES = f"1 pillow {pillow_version}"
+# What is found depends on them too. The number is raised when sd3/data/ judges or converts differently.
+RULES = f"2 pillow {pillow_version}"
 # Clocks of file systems are coarse: of a file that was changed a moment ago, a further change might not show.
 YOUNG_SECONDS = 2.0
 

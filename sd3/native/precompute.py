@@ -68,7 +68,7 @@ class Precompute:
         }  # fmt: skip
         tried = Cache.key(what="vae in float16 1", views=list(distinct)[:PICTURES_A_BATCH], **vae_facts)
         dtype = self._vae_dtype(tried, to_encode)
-        keys = {name: Cache.key(what="latents 2", view=name, dtype=str(dtype), **vae_facts) for name in distinct}
+        keys = {name: Cache.key(what="latents 3", view=name, dtype=str(dtype), **vae_facts) for name in distinct}
         vae: AutoencoderKL | None = None
         squares = Squares(to_encode, self.options.resolution)
 
