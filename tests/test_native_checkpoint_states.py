@@ -339,6 +339,8 @@ def test_prodigys_state_is_compared_too(
         (put("scaler.scale", 0), "scaler.scale is 0, expected a number above 0"),
         (put("scaler.growth_interval", 1.5), "scaler.growth_interval is 1.5, expected a whole number"),
         (put("scaler.device", "cpu"), "scaler has 'device', which is not expected"),
+        (put("scaler.dynamic", True), None),  # torch_npu's scaler
+        (put("scaler.dynamic", 1), "scaler.dynamic is 1, expected true or false"),
         (in_state(lambda state: state.pop("scaler")), "scaler has no _growth_tracker, expected"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from emulated_npu import EmulatedNpu
 from launching import BF16, DDP, LAUNCHERS, LORA
 from native_runs import assert_same, weights_in
-from npu_runs import generate, train
+from npu_runs import UNWANTED, generate, train
 from patching import free_port
 from repository import PROJECT
 
@@ -242,3 +242,25 @@ def test_npu_fused_adamw_sees_the_gradients_of_all_ranks(emulated_npu: EmulatedN
     assert found["difference"] < 1e-5
     assert found["tables"] == [[0, 0], [1, 1]]  # no rank's constants are sent to the others
     assert found["bucket views"]
+
+
+@pytest.mark.npu
+@pytest.mark.long
+def test_evaluation_measures_what_it_measures_on_a_cpu(
+    emulated_npu: EmulatedNpu, tmp_path: Path, tiny_model: Path, dog_dir: Path
+) -> None:
+    judge = PROJECT / "sd3" / "tiny_world" / "judge"
+    arguments = (f"--model={tiny_model}", "--prompt=a dog", "--prompt=a cat", "--seeds", "1", "2")
+    generate(emulated_npu, tmp_path / "images", "infer_sd3_text2img.py", *arguments)
+    measured = []
+    for device, cards in (("npu", 1), ("cpu", 0)):
+        command = [sys.executable, str(PROJECT / "sd3" / "evaluate_sd3.py"), f"--output-dir={tmp_path / device}"]
+        command += ["--pictures", str(tmp_path / "images"), f"--subject-dir={dog_dir}", f"--reference-dir={dog_dir}"]
+        command += [f"--clip-model={judge / 'clip'}", f"--dino-model={judge / 'vit'}", f"--kid-model={judge / 'vit'}"]
+        done = emulated_npu.run([*command, f"--device={device}"], cards=cards)
+        log = done.stdout + done.stderr
+        assert done.returncode == 0, log
+        assert not [text for text in UNWANTED if text in log], log
+        metrics = json.loads((tmp_path / device / "metrics.json").read_text(encoding="utf-8"))
+        measured.append({name: found["mean"] for name, found in metrics["candidates"][0]["metrics"].items()})
+    assert measured[0] == pytest.approx(measured[1], abs=1e-5)

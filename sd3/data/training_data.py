@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sd3.common.command_line import UserError
-from sd3.common.memory import uncollected
 from sd3.common.pictures import picture_files
 
 if TYPE_CHECKING:
@@ -77,8 +76,7 @@ def read_training_data(flags: DataFlags) -> TrainingData:
     Raises:
         UserError: the data cannot be read, lack what was asked for, or have no image.
     """
-    with uncollected():
-        found = read_dataset(flags) if flags.dataset is not None else read_folder(Path(flags.folder or ""))
+    found = read_dataset(flags) if flags.dataset is not None else read_folder(Path(flags.folder or ""))
     if not found.images:
         raise UserError(f"{flags.dataset or flags.folder} has no images; put some in it.")
     return found

@@ -240,7 +240,8 @@ class Checkpoints:
             raise unusable(folder, name, reason) from None
         self.optimizer.load_state_dict(unpack(tensors, complete(packed, self.optimizer)))
         if scaler is not None and "scaler" in state:
-            scaler.load_state_dict(state["scaler"])
+            # From another device's scaler: torch_npu's reads a name that torch's has not.
+            scaler.load_state_dict({**scaler.state_dict(), **state["scaler"]})
 
     def _load_schedule(self, state: dict[str, Any]) -> None:
         own, stored = self.schedule.state_dict(), state["schedule"]

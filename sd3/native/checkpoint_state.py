@@ -78,6 +78,7 @@ SCALER = {
     "scale": POSITIVE, "growth_factor": POSITIVE, "backoff_factor": POSITIVE, "growth_interval": whole(1, 2**53),
     "_growth_tracker": COUNT,
 }  # fmt: skip
+SCALER_NOTES = {"dynamic"}  # torch_npu's says whether its scale changes
 
 
 def shown(value: object) -> str:
@@ -166,10 +167,12 @@ def check_schedule(found: Facts, groups: int, step: int) -> None:
 
 
 def check_scaler(found: Facts) -> None:
-    """Raise Mismatch where a state is not one of torch's GradScaler."""
-    expect_names("scaler", found, set(SCALER))
+    """Raise Mismatch where a state is not one of torch's GradScaler, or torch_npu's."""
+    expect_names("scaler", found, set(SCALER), SCALER_NOTES)
     for name, kind in SCALER.items():
         expect(f"scaler.{name}", found[name], kind)
+    for name in SCALER_NOTES & found.keys():
+        expect(f"scaler.{name}", found[name], BOOLEAN)
 
 
 def check_tensor(name: str, found: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -3,14 +3,12 @@
 
 ACLNN(aclnnAdd, (T, self)(T, other)(S, alpha)(T, out)) { out = at::add(self, other, alpha); }
 ACLNN(aclnnAdds, (T, self)(S, other)(S, alpha)(T, out)) { out = at::add(self, other, alpha); }
-ACLNN(aclnnAddV3, (S, self)(T, other)(S, alpha)(T, out)) { out = at::add(at::mul(other, alpha), self); }
 ACLNN(aclnnInplaceAdd, (T, selfRef)(T, other)(S, alpha)) { selfRef = at::add(selfRef, other, alpha); }
 ACLNN(aclnnInplaceAdds, (T, selfRef)(S, other)(S, alpha)) { selfRef = at::add(selfRef, other, alpha); }
 ACLNN(aclnnSub, (T, self)(T, other)(S, alpha)(T, out)) { out = at::sub(self, other, alpha); }
 ACLNN(aclnnSubs, (T, self)(S, other)(S, alpha)(T, out)) { out = at::sub(self, other, alpha); }
 ACLNN(aclnnInplaceSub, (T, selfRef)(T, other)(S, alpha)) { selfRef = at::sub(selfRef, other, alpha); }
 ACLNN(aclnnInplaceSubs, (T, selfRef)(S, other)(S, alpha)) { selfRef = at::sub(selfRef, other, alpha); }
-ACLNN(aclnnRsub, (T, self)(T, other)(S, alpha)(T, out)) { out = at::rsub(self, other, alpha); }
 ACLNN(aclnnRsubs, (T, self)(S, other)(S, alpha)(T, out)) { out = at::rsub(self, other, alpha); }
 ACLNN(aclnnMul, (T, self)(T, other)(T, out)) { out = at::mul(self, other); }
 ACLNN(aclnnMuls, (T, self)(S, other)(T, out)) { out = at::mul(self, other); }
@@ -36,9 +34,7 @@ ACLNN(aclnnLerp, (T, self)(T, end)(T, weight)(T, out)) { out = at::lerp(self, en
 ACLNN(aclnnLerps, (T, self)(T, end)(S, weight)(T, out)) { out = at::lerp(self, end, at::Scalar(weight)); }
 ACLNN(aclnnInplaceLerps, (T, selfRef)(T, end)(S, weight)) { selfRef = at::lerp(selfRef, end, at::Scalar(weight)); }
 ACLNN(aclnnPowTensorScalar, (T, self)(S, exponent)(T, out)) { out = at::pow(self, at::Scalar(exponent)); }
-ACLNN(aclnnInplacePowTensorScalar, (T, self)(S, exponent)) { self = at::pow(self, at::Scalar(exponent)); }
 ACLNN(aclnnPowTensorTensor, (T, self)(T, exponent)(T, out)) { out = at::pow(self, exponent.tensor()); }
-ACLNN(aclnnPowScalarTensor, (S, self)(T, exponent)(T, out)) { out = at::pow(at::Scalar(self), exponent.tensor()); }
 ACLNN(aclnnMaximum, (T, self)(T, other)(T, out)) { out = at::maximum(self, other); }
 ACLNN(aclnnMinimum, (T, self)(T, other)(T, out)) { out = at::minimum(self, other); }
 
@@ -70,16 +66,11 @@ ACLNN(aclnnGeTensor, (T, self)(T, other)(T, out)) { out = at::ge(self, other.ten
 ACLNN(aclnnGeScalar, (T, self)(S, other)(T, out)) { out = at::ge(self, at::Scalar(other)); }
 ACLNN(aclnnEqual, (T, self)(T, other)(T, out)) { out = at::full_like(out, at::equal(self, other)); }
 ACLNN(aclnnIsFinite, (T, self)(T, out)) { out = at::isfinite(self); }
-ACLNN(aclnnIsPosInf, (T, self)(T, out)) { out = at::isposinf(self); }
 ACLNN(aclnnIsNegInf, (T, self)(T, out)) { out = at::isneginf(self); }
-ACLNN(aclnnLogicalAnd, (T, self)(T, other)(T, out)) { out = at::logical_and(self, other); }
 ACLNN(aclnnLogicalOr, (T, self)(T, other)(T, out)) { out = at::logical_or(self, other); }
 ACLNN(aclnnInplaceLogicalOr, (T, selfRef)(T, other)) { selfRef = at::logical_or(selfRef, other); }
 ACLNN(aclnnLogicalNot, (T, self)(T, out)) { out = at::logical_not(self); }
 ACLNN(aclnnBitwiseAndTensor, (T, self)(T, other)(T, out)) { out = at::bitwise_and(self, other.tensor()); }
-ACLNN(aclnnBitwiseAndScalar, (T, self)(S, other)(T, out)) { out = at::bitwise_and(self.tensor(), at::Scalar(other)); }
-ACLNN(aclnnBitwiseOrTensor, (T, self)(T, other)(T, out)) { out = at::bitwise_or(self, other.tensor()); }
-ACLNN(aclnnBitwiseNot, (T, self)(T, out)) { out = at::bitwise_not(self); }
 
 // Functions of one tensor.
 ACLNN(aclnnAbs, (T, self)(T, out)) { out = at::abs(self); }
@@ -91,9 +82,6 @@ ACLNN(aclnnExp, (T, self)(T, out)) { out = at::exp(self); }
 ACLNN(aclnnLog, (T, self)(T, out)) { out = at::log(self); }
 ACLNN(aclnnSin, (T, self)(T, out)) { out = at::sin(self); }
 ACLNN(aclnnCos, (T, input)(T, out)) { out = at::cos(input); }
-ACLNN(aclnnFloor, (T, self)(T, out)) { out = at::floor(self); }
-ACLNN(aclnnCeil, (T, self)(T, out)) { out = at::ceil(self); }
-ACLNN(aclnnRound, (T, self)(T, out)) { out = at::round(self); }
 
 // Activations.
 ACLNN(aclnnRelu, (T, self)(T, out)) { out = at::relu(self); }
@@ -117,7 +105,6 @@ ACLNN(aclnnGeluBackwardV2, (T, gradOutput)(T, self)(char*, approximate)(T, gradI
   gradInput = at::gelu_backward(gradOutput, self, approximate);
 }
 ACLNN(aclnnSoftmax, (T, self)(int64_t, dim)(T, out)) { out = at::softmax(self, dim); }
-ACLNN(aclnnLogSoftmax, (T, self)(int64_t, dim)(T, out)) { out = at::log_softmax(self, dim); }
 ACLNN(aclnnSoftmaxBackward, (T, gradOutput)(T, output)(int64_t, dim)(T, out)) {
   out = at::_softmax_backward_data(gradOutput, output, dim, output.tensor().scalar_type());
 }

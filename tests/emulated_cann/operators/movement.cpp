@@ -10,19 +10,16 @@ ACLNN(aclnnInplaceFillTensor, (T, selfRef)(T, value)) { selfRef = value.tensor()
 ACLNN(aclnnArange, (S, start)(S, end)(S, step)(T, out)) {
   out = at::arange(start, end, step, out.tensor().options());
 }
-ACLNN(aclnnLinspace, (S, start)(S, end)(int64_t, steps)(T, out)) {
-  out = at::linspace(at::Scalar(start), at::Scalar(end), steps, out.tensor().options());
-}
-ACLNN(aclnnEye, (int64_t, n)(int64_t, m)(T, out)) { out = at::eye(n, m, out.tensor().options()); }
-ACLNN(aclnnTril, (T, self)(int64_t, diagonal)(T, out)) { out = at::tril(self, diagonal); }
-ACLNN(aclnnTriu, (T, self)(int64_t, diagonal)(T, out)) { out = at::triu(self, diagonal); }
 
 ACLNN(aclnnCat, (TL, tensors)(int64_t, dim)(T, out)) { out = at::cat(tensors.tensors(), dim); }
 ACLNN(aclnnStack, (TL, tensors)(int64_t, dim)(T, out)) { out = at::stack(tensors.tensors(), dim); }
 ACLNN(aclnnRepeat, (T, self)(Ints, repeats)(T, out)) { out = self.tensor().repeat(repeats.list()); }
-ACLNN(aclnnFlip, (T, self)(Ints, dims)(T, out)) { out = at::flip(self, dims.list()); }
-ACLNN(aclnnRoll, (T, x)(Ints, shifts)(Ints, dims)(T, out)) { out = at::roll(x, shifts.list(), dims.list()); }
-ACLNN(aclnnPermute, (T, self)(Ints, dims)(T, out)) { out = at::permute(self, dims.list()); }
+ACLNN(aclnnRepeatInterleaveInt, (T, self)(int64_t, repeats)(int64_t, outputSize)(T, out)) {
+  out = at::repeat_interleave(self, repeats);
+}
+ACLNN(aclnnRepeatInterleaveIntWithDim, (T, self)(int64_t, repeats)(int64_t, dim)(int64_t, outputSize)(T, out)) {
+  out = at::repeat_interleave(self, repeats, dim);
+}
 ACLNN(aclnnConstantPadNd, (T, self)(Ints, pad)(S, value)(T, out)) { out = at::constant_pad_nd(self, pad.list(), value); }
 
 ACLNN(aclnnUpsampleNearest2d, (T, self)(Ints, outputSize)(T, out)) {
@@ -30,9 +27,6 @@ ACLNN(aclnnUpsampleNearest2d, (T, self)(Ints, outputSize)(T, out)) {
 }
 ACLNN(aclnnUpsampleNearest2dV2, (T, self)(Ints, outputSize)(float, scalesH)(float, scalesW)(T, out)) {
   out = at::upsample_nearest2d(self, outputSize.list());
-}
-ACLNN(aclnnUpsampleBilinear2d, (T, self)(Ints, outputSize)(bool, alignCorners)(double, scalesH)(double, scalesW)(T, out)) {
-  out = at::upsample_bilinear2d(self, outputSize.list(), alignCorners);
 }
 ACLNN(aclnnUpsampleBicubic2d, (T, self)(Ints, outputSize)(bool, alignCorners)(double, scalesH)(double, scalesW)(T, out)) {
   out = at::upsample_bicubic2d(self, outputSize.list(), alignCorners);
@@ -46,7 +40,6 @@ ACLNN(aclnnInplaceMaskedFillScalar, (T, selfRef)(T, mask)(S, value)) {
 ACLNN(aclnnInplaceMaskedFillTensor, (T, selfRef)(T, mask)(T, value)) {
   selfRef = at::masked_fill(selfRef, mask, value.tensor());
 }
-ACLNN(aclnnMaskedSelect, (T, self)(T, mask)(T, out)) { out.take(at::masked_select(self, mask)); }
 ACLNN(aclnnNonzero, (T, self)(T, out)) { out.take(at::nonzero(self)); }
 ACLNN(aclnnNonzeroV2, (T, self)(T, out)) { out.take(at::nonzero(self).transpose(0, 1)); }
 ACLNN(aclnnIndexSelect, (T, self)(int64_t, dim)(T, index)(T, out)) { out = at::index_select(self, dim, index); }

@@ -10,9 +10,6 @@ ACLNN(aclnnNormalFloatFloat, (float, mean)(float, std)(int64_t, seed)(int64_t, o
 ACLNN(aclnnInplaceUniform, (T, selfRef)(double, from)(double, to)(uint64_t, seed)(uint64_t, offset)) {
   selfRef = at::empty_like(selfRef).uniform_(from, to, generator(seed, offset));
 }
-ACLNN(aclnnInplaceRandom, (T, selfRef)(int64_t, from)(int64_t, to)(int64_t, seed)(int64_t, offset)) {
-  selfRef = at::empty_like(selfRef).random_(from, to, generator(seed, offset));
-}
 ACLNN(aclnnRandperm, (int64_t, n)(int64_t, seed)(int64_t, offset)(T, out)) {
   out = at::randperm(n, generator(seed, offset), out.tensor().options());
 }
