@@ -146,7 +146,7 @@ def test_a_stopped_or_killed_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("launcher", "flags"),
     [
-        (DDP, ["--train_text_encoder", "--gradient_checkpointing"]),
+        (DDP, ["--train_text_encoder", "--gradient_checkpointing"]),  # on the CPU beside hidden cards too
         (LORA, ["--train_text_encoder", "--gradient_checkpointing"]),
         (LORA, ["--with_prior_preservation", "--class_data_dir={class}", "--class_prompt=dog", "--num_class_images=3"]),
         (LORA, ["--adamw=foreach"]),

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import diffusers
 import torch
+import torch.utils.checkpoint
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import (
@@ -125,6 +126,10 @@ def start_accelerator(options: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     refuse_sharding(accelerator)
+    recomputed = torch.utils.checkpoint.DefaultDeviceType
+    # Where torch_npu is loaded, gradient checkpointing takes a CPU's tensors for an NPU's, and starts the hidden cards.
+    if accelerator.device.type == "cpu" and recomputed.get_device_type() == "npu":
+        recomputed.set_device_type("cpu")
     # NpuFusedAdamW reads the gradients from one tensor of its own; as views of DDP's buckets they would leave it.
     distributed.gradient_as_bucket_view = accelerator.device.type != "npu"
     # A launch configuration's own number would win over the flag.
