@@ -329,10 +329,15 @@ def _check_packages(options: argparse.Namespace) -> None:
     elif options.use_8bit_adam:
         needed_by["--use_8bit_adam"] = ("bitsandbytes",)
     for option, packages in needed_by.items():
-        if packages and not any(importlib.util.find_spec(package) for package in packages):
+        if packages and not any(_installed(package) for package in packages):
             raise UserError(
                 f"{option} needs {packages[0]}, which is not installed; pip install {packages[0]}.", 3
             )
+
+
+def _installed(package: str) -> bool:
+    """Can it be imported? What is imported already need not have a spec, which find_spec takes for an error."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def notes_on(options: argparse.Namespace) -> list[str]:
