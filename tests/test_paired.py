@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sd3.common.command_line import Parser, UserError
-from sd3.common.memory import GIVE_BACK
+from sd3.common.memory import GIVE_BACK, uncollected
 from sd3.common.paired import Variant, add_options, back_and_forth, measure, ratios, run_benchmark, shown
 
 CHILD = """
@@ -107,3 +108,16 @@ def test_peak_memory_is_what_was_held_at_most(environment: dict[str, str], least
         [sys.executable, "-c", HOLDER], capture_output=True, text=True, check=True, env=os.environ | environment
     )
     assert least <= int(done.stdout) < most
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_pauses_and_is_as_before(enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyError), uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

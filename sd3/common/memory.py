@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,6 +17,18 @@ SAMPLE_SECONDS = 0.002
 # glibc keeps freed memory for later, which a card's allocator counts as free. With this in the environment it gives it
 # back at once, which takes time: on a CPU, memory has a run of its own.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: of a great many objects that all stay, each pass looks at all of them again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def device_module(device: torch.device) -> ModuleType | None:

@@ -88,8 +88,10 @@ def _present(folders: Mapping[str, Path], *names: str) -> list[Path]:
 
 
 def _cut(captions: Sequence[str], folder: Path, load: Callable[[Path], Counter], name: str, limit: int) -> EncoderCut:
-    candidates = [caption for caption in captions if not surely_fits(caption, limit)]
-    distinct = list(dict.fromkeys(candidates))
+    # Thousands of images may have one caption.
+    distinct = [caption for caption in dict.fromkeys(captions) if not surely_fits(caption, limit)]
+    doubtful = set(distinct)
+    candidates = [caption for caption in captions if caption in doubtful] if distinct else []
     tokens = dict(zip(distinct, load(folder)(distinct), strict=True)) if distinct else {}
     over = [tokens[caption] for caption in candidates if tokens[caption] > limit]
     return EncoderCut(name, limit, len(over), max(over, default=0))

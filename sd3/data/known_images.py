@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from PIL import __version__ as pillow_version
 
 from sd3.common.command_line import UserError
+from sd3.common.memory import uncollected
 from sd3.common.seen import SeenFiles
 from sd3.data.facts import ImageFacts, facts_of, in_parallel
 from sd3.data.training_data import Origin, TrainingImage
@@ -32,7 +33,8 @@ def _recall(
     seen: SeenFiles, origins: Sequence[Origin | None], stamps: Sequence[str | None]
 ) -> list[ImageFacts | None]:
     values = seen.recall(KIND, [_name(origin) for origin in origins], stamps)
-    return [value and ImageFacts.from_text(value) for value in values]
+    with uncollected():
+        return [value and ImageFacts.from_text(value) for value in values]
 
 
 def look(

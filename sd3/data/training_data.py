@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sd3.common.command_line import UserError
+from sd3.common.memory import uncollected
 from sd3.common.pictures import picture_files
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def read_training_data(flags: DataFlags) -> TrainingData:
     Raises:
         UserError: the data cannot be read, lack what was asked for, or have no image.
     """
-    found = read_dataset(flags) if flags.dataset is not None else read_folder(Path(flags.folder or ""))
+    with uncollected():
+        found = read_dataset(flags) if flags.dataset is not None else read_folder(Path(flags.folder or ""))
     if not found.images:
         raise UserError(f"{flags.dataset or flags.folder} has no images; put some in it.")
     return found

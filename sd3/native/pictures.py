@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from sd3.common.command_line import UserError
+from sd3.common.memory import uncollected
 from sd3.common.seen import SeenFiles
 from sd3.data.decoding import ImageError, decode, image_size
 from sd3.data.facts import MOST_WORKERS, in_parallel, processors
@@ -175,13 +176,14 @@ def instance_samples(options: argparse.Namespace) -> list[Sample]:
     """
     found = read_training_data(data_flags(options)).images
     repeated = [image for image in found for _ in range(options.repeats)]
-    return [
-        Sample(
-            _views(options, image, "instance", index, options.random_flip),
-            image.caption or options.instance_prompt,
-        )
-        for index, image in enumerate(repeated)
-    ]
+    with uncollected():
+        return [
+            Sample(
+                _views(options, image, "instance", index, options.random_flip),
+                image.caption or options.instance_prompt,
+            )
+            for index, image in enumerate(repeated)
+        ]
 
 
 def class_samples(options: argparse.Namespace, files: list[Path]) -> list[Sample]:

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from sd3.common.command_line import UserError
+from sd3.common.memory import uncollected
 from sd3.common.model_files import content_hash, has_t5, parts_of
 from sd3.common.model_sizes import CLIP_TOKENS, VAE_STRIDE
 from sd3.common.package_versions import package_versions
@@ -56,10 +57,11 @@ class Precompute:
 
         They are as the VAE gives them, not yet shifted and scaled.
         """
-        known = identities(views, self.cache.seen)
-        names = [view.key(self.options.resolution, *known[view.content]) for view in views]
-        distinct = dict(zip(names, views, strict=True))  # the same square is encoded once
-        to_encode = list(distinct.values())
+        with uncollected():
+            known = identities(views, self.cache.seen)
+            names = [view.key(self.options.resolution, *known[view.content]) for view in views]
+            distinct = dict(zip(names, views, strict=True))  # the same square is encoded once
+            to_encode = list(distinct.values())
         vae_facts = {
             "vae": content_hash([self.model / "vae"]), "variant": self.options.variant,
             "libraries": package_versions(LATENT_LIBRARIES),
