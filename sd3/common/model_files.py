@@ -6,16 +6,20 @@ Reads headers and samples; loads nothing. Standard library only.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from sd3.common.json_files import read_object
+from sd3.common.part_contents import damaged_part
 from sd3.common.safetensors_files import safetensors_header
-from sd3.common.tokenizer_files import TOKENIZERS, damaged_tokenizer_files, missing_tokenizer_files
-from sd3.common.weight_files import MODELS, damaged_files, weight_files
+from sd3.common.tokenizer_files import TOKENIZERS, damaged_objects, damaged_tokenizer_files, missing_tokenizer_files
+from sd3.common.weight_files import MODELS, weight_files
 
 INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+PIPELINE = "StableDiffusion3"  # what the names of its classes begin with
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
 # Folders that a pipeline may have; a model's own index of them is the word of whoever made the model.
 PARTS = (*MODELS, *TOKENIZERS, "scheduler", "image_encoder", "feature_extractor")
@@ -38,23 +42,30 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
     if not root.is_dir():
         return [f"{option}={name} is a file; give the directory with model_index.json in it."]
     try:
-        absent = absent_parts(root)
+        return [f"{option}={name} is {problem}" for problem in _problems(root)]
     except ValueError as error:
         return [f"{option}={name} is damaged: {INDEX} {error}; download the model again."]
-    parts = parts_of(root)
+
+
+def _problems(root: Path) -> list[str]:
+    """What is wrong with a pipeline directory, to stand after its name and "is"; raises as `absent_parts` does."""
+    if (kind := _index(root).get("_class_name")) and PIPELINE not in str(kind):
+        return [f"a {kind}, expected a {PIPELINE}Pipeline; give a model of that kind."]
+    absent, parts = absent_parts(root), parts_of(root)
     missing = [] if (root / INDEX).is_file() else [INDEX]
     missing += [f"{part} (null in {INDEX})" for part in parts if part in absent]
     missing += [what for part in MODELS if part in parts for what in missing_files(root / part)]
-    if not (root / "scheduler" / "scheduler_config.json").is_file():
-        missing.append("scheduler/scheduler_config.json")
+    if not (root / SCHEDULER).is_file():
+        missing.append(SCHEDULER)
     missing += [what for part in TOKENIZERS if part in parts for what in missing_tokenizer_files(root / part)]
-    broken = [what for part in MODELS if part in parts for what in damaged_files(root / part)]
+    broken = [what for part in MODELS if part in parts for what in damaged_part(root / part)]
     broken += [what for part in TOKENIZERS if part in parts for what in damaged_tokenizer_files(root / part)]
+    broken += damaged_objects([root / SCHEDULER])
     problems = []
     if missing:
-        problems.append(f"{option}={name} is incomplete: {', '.join(missing)} missing; download the model again.")
+        problems.append(f"incomplete: {', '.join(missing)} missing; download the model again.")
     if broken:
-        problems.append(f"{option}={name} is damaged: {'; '.join(broken)}; download these files again.")
+        problems.append(f"damaged: {'; '.join(broken)}; download these files again.")
     return problems
 
 
@@ -71,16 +82,24 @@ def absent_parts(model: Path) -> set[str]:
     Raises:
         ValueError: the index is not one.
     """
+    index = _index(model)
+    return {part for part in (*MODELS, *TOKENIZERS) if part in index and _is_absent(part, index[part])}
+
+
+def _index(model: Path) -> dict[str, Any]:
     try:
-        index = json.loads((model / INDEX).read_text(encoding="utf-8"))
+        return read_object(model / INDEX, "an index of parts")
     except FileNotFoundError:
-        return set()
-    except ValueError as error:
-        raise ValueError("is not JSON") from error
-    if not isinstance(index, dict):
-        raise ValueError("is not an index of parts")
-    # save_pretrained writes [null, null]
-    return {part for part in (*MODELS, *TOKENIZERS) if part in index and (index[part] or [None])[0] is None}
+        return {}
+
+
+def _is_absent(part: str, entry: object) -> bool:
+    """Whether the index says that there is no such part, with null or, as save_pretrained writes it, [null, null]."""
+    if entry is None or entry == [None, None]:
+        return True
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(name, str) for name in entry):
+        raise ValueError(f"has {entry!r:.80} for {part}, expected the names of a library and a class, or null")
+    return False
 
 
 def parts_of(model: Path) -> tuple[str, ...]:
@@ -98,9 +117,13 @@ def has_t5(model: Path) -> bool:
 
 
 def largest_side(transformer: Path, vae: Path) -> int:
-    """Pixels of the longest side of a picture that the transformer has positions for, from both configurations."""
-    config, of_vae = (json.loads((part / "config.json").read_text(encoding="utf-8")) for part in (transformer, vae))
-    return config["pos_embed_max_size"] * config["patch_size"] * 2 ** (len(of_vae["block_out_channels"]) - 1)
+    """Pixels of the longest side of a picture that the transformer has positions for, from both configurations.
+
+    96 and 2 are defaults of diffusers' SD3Transformer2DModel.
+    """
+    config, of_vae = (read_object(part / "config.json") for part in (transformer, vae))
+    stride = 2 ** (len(of_vae["block_out_channels"]) - 1)
+    return config.get("pos_embed_max_size", 96) * config.get("patch_size", 2) * stride
 
 
 def content_hash(parts: Iterable[Path]) -> str:

@@ -2,36 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from safetensors import SafetensorError
 
+from sd3.common.command_line import UserError
+from sd3.common.safetensors_files import safetensors_header
 from sd3.common.tokenizer_files import only_tokenizer_json, tokenizer_folder
 from sd3.common.weight_files import choose_weights, plain_folder
 
+LONGEST_REASON = 400
+
 
 def load_weights(kind: Any, part: Path, variant: str | None = None, **settings: object) -> Any:  # noqa: ANN401
-    """A part with weights by its class's `from_pretrained`, from the files that sd3.common.weight_files chooses."""
-    if by_itself(part, variant):
-        return kind.from_pretrained(part, variant=variant, **settings)
-    with plain_folder(part, variant) as folder:
-        loaded = kind.from_pretrained(folder, **settings)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if hasattr(model, "register_to_config"):  # what is saved later must not name the temporary folder
-        model.register_to_config(_name_or_path=str(part))
-    else:
-        model.config.name_or_path = str(part)
-    return loaded
+    """A part with every one of its weights, by its class's `from_pretrained`, from the files that
+    sd3.common.weight_files chooses.
+
+    Raises:
+        UserError: it cannot be loaded, or lacks weights: the libraries draw those at random, and only warn.
+    """
+    settings["output_loading_info"] = True
+    with _told_of_damage(part):
+        if by_itself(part, variant):
+            model, info = kind.from_pretrained(part, variant=variant, **settings)
+        else:
+            with plain_folder(part, variant) as folder:
+                model, info = kind.from_pretrained(folder, **settings)
+            if hasattr(model, "register_to_config"):  # what is saved later must not name the temporary folder
+                model.register_to_config(_name_or_path=str(part))
+            else:
+                model.config.name_or_path = str(part)
+        _check_whole(model, info, part, variant)
+    return model
 
 
 def load_tokenizer(kind: Any, part: Path, **settings: object) -> Any:  # noqa: ANN401
-    """A tokenizer by its class's `from_pretrained`; see sd3.common.tokenizer_files."""
-    with tokenizer_folder(part) as folder:
+    """A tokenizer by its class's `from_pretrained`, see sd3.common.tokenizer_files; raises as `load_weights` does."""
+    with _told_of_damage(part), tokenizer_folder(part) as folder:
         return kind.from_pretrained(folder, **settings)
+
+
+def load_scheduler(part: Path, **settings: object) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler with the model's own settings; raises as `load_weights` does."""
+    with _told_of_damage(part):
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(part, **settings)
+
+
+@contextlib.contextmanager
+def _told_of_damage(part: Path) -> Iterator[None]:
+    """Turn what the libraries raise at files that do not fit together into one sentence."""
+    try:
+        yield
+    # A configuration of the wrong kind fails wherever a value of it is used, with whatever that raises.
+    except (
+        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError
+    ) as error:  # fmt: skip
+        if any(word in str(error).lower() for word in ("out of memory", "allocat")):
+            raise
+        raise UserError(f"{part} cannot be loaded ({_short(error)}); download it again.") from None
+
+
+def _short(error: Exception) -> str:
+    """In one line; the names of weights are on lines behind the first."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
+
+
+def _check_whole(model: Any, info: dict[str, Any], part: Path, variant: str | None) -> None:  # noqa: ANN401
+    """Raise ValueError where weights are lacking, or where the file has more than the model."""
+    tied = getattr(model, "_tied_weights_keys", None) or []
+    lost = [key for key in info["missing_keys"] if key not in tied] + [key[0] for key in info["mismatched_keys"]]
+    if lost:
+        raise ValueError(f"it lacks weights, {sorted(lost)[0]} among them")
+    # The libraries drop what a class has no use for. Of the transformer each weight counts: without those of dual
+    # attention, or of norms that the configuration does not mention, it is another model.
+    if part.name == "transformer" and (more := _names(part, variant) - model.state_dict().keys()):
+        raise ValueError(f"it has weights for which the configuration has no place, {min(more)} among them")
+
+
+def _names(part: Path, variant: str | None) -> set[str]:
+    chosen = choose_weights(part, variant)
+    files = [file for file in chosen.files if file.suffix == ".safetensors"] if chosen else []
+    return {name for file in files for name in safetensors_header(file)}
 
 
 def by_itself(part: Path, variant: str | None = None) -> bool:

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sd3.common.json_files import read_object
+
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 OF_T5 = "tokenizer_3"
 CLIP_FILES = ("vocab.json", "merges.txt")
 MERGES_HEAD = "#version: 0.2"
+MOST_ADDED = 9  # tokens that somebody has written into a vocabulary, which no pair makes
 
 
 def missing_tokenizer_files(part: Path) -> list[str]:
@@ -29,13 +32,51 @@ def missing_tokenizer_files(part: Path) -> list[str]:
 
 
 def damaged_tokenizer_files(part: Path) -> list[str]:
-    """The tokenizer.json of a CLIP tokenizer where it is needed and holds no byte pairs, with what is wrong."""
-    if not only_tokenizer_json(part):
-        return []
+    """Files of a tokenizer that are read and cannot be used, each with what is wrong."""
+    found = damaged_objects([part / "tokenizer_config.json"])
+    found += damaged_objects([part / "special_tokens_map.json"], empty=True)
+    if part.name == OF_T5:
+        return found + damaged_objects([part / "tokenizer.json"])
+    if only_tokenizer_json(part):
+        try:
+            byte_pairs(part / "tokenizer.json")
+        except ValueError as error:
+            found.append(f"{part.name}/tokenizer.json {error}")
+        return found
+    found += (of_vocabulary := damaged_objects([part / "vocab.json"]))
+    return found if of_vocabulary else found + _damaged_merges(part)
+
+
+def damaged_objects(files: list[Path], empty: bool = False) -> list[str]:
+    """Those of the files that are there and are not JSON objects, or are empty ones, each with what is wrong.
+
+    `empty`: an empty one is good.
+    """
+    found = []
+    for file in files:
+        try:
+            if not read_object(file) and not empty:
+                found.append(f"{file.parent.name}/{file.name} is empty")
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            found.append(f"{file.parent.name}/{file.name} {error}")
+    return found
+
+
+def _damaged_merges(part: Path) -> list[str]:
+    """merges.txt where it lacks pairs: tokenizers spell words without them, and say nothing."""
+    if not (part / "vocab.json").is_file() or not (part / "merges.txt").is_file():
+        return []  # which is said of missing files
     try:
-        byte_pairs(part / "tokenizer.json")
-    except ValueError as error:
-        return [f"{part.name}/tokenizer.json {error}"]
+        lines = (part / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError):
+        return [f"{part.name}/merges.txt is not a text of byte pairs"]
+    made = {line.replace(" ", "") for line in lines}
+    tokens = [token for token in read_object(part / "vocab.json") if len(token.removesuffix("</w>")) > 1]
+    lost = [token for token in tokens if token not in made and not token.startswith("<|")]
+    if len(lost) > max(MOST_ADDED, len(tokens) // 100):
+        return [f"{part.name}/merges.txt lacks {len(lost)} of {len(tokens)} byte pairs"]
     return []
 
 

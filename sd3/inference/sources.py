@@ -17,8 +17,9 @@ from sd3.common.model_files import (
     missing_files,
     parts_of,
 )
+from sd3.common.part_contents import damaged_part
 from sd3.common.trained_length import RUN_SETTINGS
-from sd3.common.weight_files import MODELS, damaged_files, of_variants, tensor_shapes
+from sd3.common.weight_files import MODELS, of_variants, tensor_shapes
 from sd3.model.lora_file import PARTS as LORA_PARTS
 from sd3.model.lora_file import PEFT_FILE, LoraFile, read_lora
 from sd3.model.lora_settings import LoraError
@@ -80,7 +81,7 @@ def find_sources(
     if root.is_dir() and not (root / "model_index.json").is_file() and (settings := _run_settings(root)):
         base = _base_of_run(root, settings, local_files_only)
         trained = {part: root / part for part in MODELS if (root / part / "config.json").is_file()}
-        wrong = [what for part in trained.values() for what in (*missing_files(part), *damaged_files(part))]
+        wrong = [what for part in trained.values() for what in (*missing_files(part), *damaged_part(part))]
         if wrong:
             raise UserError(f"--model={model} is damaged: {'; '.join(wrong)}; use another checkpoint.")
         if trained:

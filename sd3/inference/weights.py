@@ -5,23 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from safetensors import SafetensorError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from sd3.common.command_line import UserError
 from sd3.common.device_errors import out_of_memory
-from sd3.common.part_loading import joint_attention_dim, load_tokenizer, load_weights
+from sd3.common.part_loading import joint_attention_dim, load_scheduler, load_tokenizer, load_weights
 from sd3.model.lora_layers import add_lora
 from sd3.model.lora_settings import LoraError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sd3.inference.sources import Sources
@@ -49,7 +46,7 @@ class Weights:
         """Tokenizer and encoder of `part`, a key of ENCODERS, on the device."""
         start = time.perf_counter()
         tokenizer_part, encoder_class, tokenizer_class = ENCODERS[part]
-        tokenizer = self._load(tokenizer_class, tokenizer_part, load_tokenizer)
+        tokenizer = load_tokenizer(tokenizer_class, self.sources.parts[tokenizer_part], local_files_only=True)
         encoder = self._load_weights(encoder_class, part)
         self._add_lora(part, encoder)
         encoder.requires_grad_(False).eval().to(device)
@@ -68,7 +65,7 @@ class Weights:
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The scheduler, with the model's own settings."""
-        return self._load(FlowMatchEulerDiscreteScheduler, "scheduler", _load_plain)
+        return load_scheduler(self.sources.parts["scheduler"], local_files_only=True)
 
     def encoders(self) -> list[str]:
         """The text encoders that the model has, keys of ENCODERS."""
@@ -92,29 +89,7 @@ class Weights:
             raise UserError(f"--lora={self.sources.lora} {error}") from None
 
     def _load_weights(self, kind: Any, part: str) -> Any:  # noqa: ANN401  # the class given is the class returned
-        """A part with every one of its weights: the libraries draw missing ones at random, and only warn."""
-        model, info = self._load(kind, part, load_weights, torch_dtype=self.dtype, output_loading_info=True)
-        tied = getattr(model, "_tied_weights_keys", None) or []
-        lost = [key for key in info["missing_keys"] if key not in tied] + [key[0] for key in info["mismatched_keys"]]
-        if lost:
-            raise UserError(
-                f"--model={self.sources.name}: {self.sources.parts[part]} lacks weights, {sorted(lost)[0]} among them; "
-                "get it again."
-            )
-        return model
-
-    def _load(self, kind: Any, part: str, load: Callable[..., Any], **settings: object) -> Any:  # noqa: ANN401
-        folder = self.sources.parts[part]
-        try:
-            return load(kind, folder, local_files_only=True, **settings)
-        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-            name = self.sources.name
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--model={name}: {folder} cannot be loaded ({reason}); get it again.") from None
-
-
-def _load_plain(kind: Any, folder: Path, **settings: object) -> Any:  # noqa: ANN401
-    return kind.from_pretrained(folder, **settings)
+        return load_weights(kind, self.sources.parts[part], torch_dtype=self.dtype, local_files_only=True)
 
 
 @contextlib.contextmanager

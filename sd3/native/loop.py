@@ -27,13 +27,14 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL
 
 from sd3.common.command_line import UserError
 from sd3.common.device_errors import compiler_failed, out_of_memory
 from sd3.common.hub_models import model_directory
 from sd3.common.model_files import has_t5, largest_side, parts_of
 from sd3.common.model_sizes import CLIP_TOKENS
+from sd3.common.part_loading import load_scheduler
 from sd3.common.refusals import refuse
 from sd3.common.weight_files import MODELS, of_variants
 from sd3.native import checkpoint, checkpoint_files, hub
@@ -228,7 +229,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
         accelerator.init_trackers("dreambooth-sd3-lora" if kind == "lora" else "dreambooth-sd3", public(options))
 
     vae = AutoencoderKL.load_config(model_folder / "vae")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model_folder / "scheduler")
+    scheduler = load_scheduler(model_folder / "scheduler")
     flow = FlowMatching(options, scheduler, vae["shift_factor"], vae["scaling_factor"], dtype, device)
     loader = Loader(options, Samples(items, stream, precompute.cache), texts, device)
     batches = loader.batches(position, accelerator.process_index, steps - done)

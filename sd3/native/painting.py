@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from sd3.common.model_files import parts_of
-from sd3.common.part_loading import load_tokenizer, load_weights
+from sd3.common.part_loading import load_scheduler, load_tokenizer, load_weights
 from sd3.native.model import Trained
 from sd3.native.precompute import Precompute
 from sd3.native.text import ENCODERS, TOKENIZERS, warn_of_cuts
@@ -48,7 +48,7 @@ class Painter:
         pipeline = StableDiffusion3Pipeline(
             transformer=trained.parts["transformer"],
             vae=load_weights(AutoencoderKL, self.model / "vae", self.options.variant),
-            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(self.model / "scheduler"),
+            scheduler=load_scheduler(self.model / "scheduler"),
             **self._text_parts(trained),
         ).to(self.accelerator.device)
         return validate(self.options, pipeline, self.accelerator, epoch, phase, self.dtype, self._prompt())
