@@ -31,6 +31,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
+def one_line(text: str) -> str:
+    """The text with characters that move the cursor, colour a terminal or cannot be encoded in Python's spelling.
+
+    Names of files may hold any of them.
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def positive(text: str) -> int:
     """The number of an option that must be 1 or more.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from sd3.common.command_line import UserError
 from sd3.common.pictures import picture_files
 from sd3.common.seen import SeenFiles
 from sd3.data.caption_lengths import caption_lengths
+from sd3.data.decoding import MOST_PIXELS
 from sd3.data.facts import ImageFacts
 from sd3.data.known_images import look
 from sd3.data.summary import DataSummary, ImageSet
@@ -49,6 +51,7 @@ def check_data(flags: CheckFlags) -> tuple[list[str], DataSummary | None]:
         return [str(error)], None
     seen = SeenFiles(flags.memory, say=lambda line: print(line, file=sys.stderr))
     facts = look([*data.images, *(classes.images if classes else [])], seen, with_bar)
+    facts = [_with_room(each, flags.resolution) for each in facts]
     of_images, of_class = facts[: len(data.images)], facts[len(data.images) :]
     problems = image_problems(data, of_images, flags.data.dataset is not None, f"--input_dir={flags.data.folder}")
     if classes:
@@ -75,6 +78,15 @@ def _class_data(flags: CheckFlags) -> TrainingData | None:
         raise UserError(
             f"--class_data_dir={folder} cannot be read ({error.strerror}); give a folder that you may read."
         ) from None
+
+
+def _with_room(facts: ImageFacts, resolution: int) -> ImageFacts:
+    """The facts; with a problem where an image is so narrow that it cannot be enlarged to the resolution."""
+    short, long = sorted((facts.width, facts.height))
+    if facts.problem or long * resolution**2 <= MOST_PIXELS * short:
+        return facts
+    why = f"is {facts.width}x{facts.height}, too narrow to be enlarged to {resolution} pixels a side"
+    return dataclasses.replace(facts, problem=why)
 
 
 def with_bar(items: Iterable[ImageFacts], total: int) -> Iterable[ImageFacts]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from PIL import __version__ as pillow_version
 
-from sd3.common.command_line import UserError
 from sd3.common.memory import uncollected
+from sd3.common.command_line import UserError
 from sd3.common.seen import SeenFiles
 from sd3.data.facts import ImageFacts, facts_of, in_parallel
-from sd3.data.training_data import Origin, TrainingImage
+from sd3.data.training_data import Origin, TrainingImage, UnreadableFile
 
 KIND = "image"
 # What is found depends on them too. The number is raised when sd3/data/ judges or converts differently.
@@ -65,7 +65,7 @@ def _look_at(image: TrainingImage) -> ImageFacts:
     try:
         return facts_of(image.content())
     except UserError as error:
-        return ImageFacts("", problem=str(error))
+        return ImageFacts("", problem=error.reason if isinstance(error, UnreadableFile) else str(error))
 
 
 def _name(origin: Origin | None) -> str:

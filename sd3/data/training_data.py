@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sd3.common.command_line import UserError
 from sd3.common.memory import uncollected
 from sd3.common.pictures import picture_files
+from sd3.data.dataset_files import (
+    IMAGE_FOLDER,
+    check_files,
+    files_not_read,
+    is_image_type,
+    parquet_files,
+    why_not_loaded,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -19,8 +27,8 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What desktops write into folders; a leading dot hides the rest of it.
-SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SYSTEM_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+MOST_BYTES = 1 << 30  # of an image file: what has more, such as a video, would only fill the memory
 
 Origin = tuple[Path, int | None]  # a file, and the number of the row where it is a table
 
@@ -89,14 +97,25 @@ def is_training_file(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in SYSTEM_FILES
 
 
+class UnreadableFile(UserError):
+    """A file of the training data that cannot be read; `reason` is to stand after its name."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        """`reason`: a verb and what follows it."""
+        super().__init__(f"{file} {reason}; fix or remove it.")
+        self.reason = reason
+
+
 def file_content(file: Path) -> Callable[[], bytes]:
-    """A function that reads a file; it raises UserError where it cannot."""
+    """A function that reads a file; it raises UnreadableFile where it cannot."""
 
     def read() -> bytes:
         try:
+            if (size := file.stat().st_size) > MOST_BYTES:
+                raise UnreadableFile(file, f"has {size / 2**30:.1f} GiB, more than the {MOST_BYTES >> 30} of an image")
             return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); fix or remove it.") from None
+            raise UnreadableFile(file, f"cannot be read ({error.strerror})") from None
 
     return read
 
@@ -125,10 +144,11 @@ def read_folder(folder: Path, option: str = "--input_dir") -> TrainingData:
         raise UserError(f"{option}={folder} is empty; put the images of the subject in it.")
     hidden = [(entry.name, "a hidden or system file") for entry in entries if not is_training_file(entry.name)]
     visible = [entry for entry in entries if is_training_file(entry.name)]
-    if folders := [entry.name for entry in visible if not _is_file(entry)]:
-        raise UserError(
-            f"{option}={folder} contains folders ({', '.join(folders[:5])}); it must contain only images."
-        )
+    if others := [entry for entry in visible if not _is_file(entry)]:
+        folders = [entry.name for entry in others if os.path.isdir(entry.path)]
+        kind = "folders" if folders else "what is not a file, such as broken links or pipes"
+        names = ", ".join((folders or [entry.name for entry in others])[:5])
+        raise UserError(f"{option}={folder} contains {kind} ({names}); it must contain only images.")
     return TrainingData([image_of_file(folder / entry.name) for entry in visible], hidden)
 
 
@@ -158,17 +178,27 @@ def read_dataset(flags: DataFlags) -> TrainingData:
         UserError: it cannot be loaded; a split or column is not there; a row has no image, or a caption
             that is not text.
     """
-    rows, image_column, caption_column = load_rows(flags)
-    name, root = flags.dataset or "", Path(flags.dataset or "")
-    local = root.exists()
+    splits = _load(flags)
+    rows, image_column, caption_column = _undecoded(flags, splits)
     captions = rows[caption_column][:] if caption_column else [None] * len(rows)
-    cells = rows.with_format("arrow")[:].column(image_column)
-    reader = _Cells(
-        name, root.resolve() if local else None, cells, _arrow_file(rows), _parquet_folders(root),
-        flags.spelling.caption_column,
-    )  # fmt: skip
+    reader = _Cells.of(flags, rows, image_column)
     images = [reader.image(row, caption) for row, caption in enumerate(captions)]
-    return TrainingData(images, _without_a_row(root, images) if local else [])
+    return TrainingData(images, _left_out(flags, splits, image_column, images))
+
+
+def _left_out(
+    flags: DataFlags, splits: Mapping[str, datasets.Dataset], image_column: str, images: Sequence[TrainingImage]
+) -> list[tuple[str, str]]:
+    """What of the data set is not trained on, with the reason."""
+    others = {name: split for name, split in splits.items() if name != flags.split}
+    found = [(f"{name} with {split.num_rows} rows", "other splits") for name, split in others.items()]
+    if not (root := Path(flags.dataset or "")).exists():
+        return found
+    named = {image.origin[0].resolve() for image in images if image.origin}
+    builder = splits[flags.split].info.builder_name
+    for split in others.values() if builder == IMAGE_FOLDER else ():
+        named |= _Cells.of(flags, _encoded(split, image_column), image_column).files()
+    return found + files_not_read(root, builder, named)
 
 
 def load_rows(flags: DataFlags) -> tuple[datasets.Dataset, str, str | None]:
@@ -177,6 +207,41 @@ def load_rows(flags: DataFlags) -> tuple[datasets.Dataset, str, str | None]:
     Raises:
         UserError: it cannot be loaded, or a split or column is not there.
     """
+    return _undecoded(flags, _load(flags))
+
+
+def _encoded(rows: datasets.Dataset, image_column: str) -> datasets.Dataset:
+    """The rows with images as the bytes or paths that they are."""
+    import datasets
+
+    return rows.cast_column(image_column, datasets.Image(decode=False))
+
+
+def _undecoded(
+    flags: DataFlags, splits: Mapping[str, datasets.Dataset]
+) -> tuple[datasets.Dataset, str, str | None]:
+    name = flags.dataset or ""
+    if flags.split not in splits:
+        raise UserError(
+            f"{flags.spelling.split}={flags.split} is not a split of {name}, which has {', '.join(splits)}; give one "
+            "of them."
+        )
+    rows = splits[flags.split]
+    image_column, caption_column = _columns(flags, name, rows.column_names)
+    kind = rows.features[image_column]
+    wrong = f"{flags.spelling.image_column}={image_column} of {name} has {kind!r:.200}, expected images"
+    if not is_image_type(kind):
+        raise UserError(f"{wrong} as bytes or paths; give the column with the images.")
+    try:
+        if (small := _without_large_types(kind)) != kind:
+            rows = rows.cast_column(image_column, small)
+        return _encoded(rows, image_column), image_column, caption_column
+    except Exception as error:  # noqa: BLE001  # of datasets and pyarrow, with no common base
+        raise UserError(f"{wrong} ({type(error).__name__}); give the column with the images.") from None
+
+
+def _load(flags: DataFlags) -> Mapping[str, datasets.Dataset]:
+    """The splits of a data set by name."""
     import datasets
 
     name, root = flags.dataset or "", Path(flags.dataset or "")
@@ -185,67 +250,16 @@ def load_rows(flags: DataFlags) -> tuple[datasets.Dataset, str, str | None]:
             f"{flags.spelling.dataset}={name} is neither a directory nor a hub name; give a folder with parquet files."
         )
     if root.exists():
-        _check_layout(f"{flags.spelling.dataset}={name}", root, flags.spelling.folder)
-    rows = _rows(flags, name)
-    image_column, caption_column = _columns(flags, name, rows.column_names)
-    kind = rows.features[image_column]
+        check_files(f"{flags.spelling.dataset}={name}", root, flags.spelling.folder)
+    level = datasets.logging.get_verbosity()
     try:
-        if (small := _without_large_types(kind)) != kind:
-            rows = rows.cast_column(image_column, small)
-        return rows.cast_column(image_column, datasets.Image(decode=False)), image_column, caption_column
-    except Exception as error:  # noqa: BLE001  # of datasets and pyarrow, with no common base
-        raise UserError(
-            f"{flags.spelling.image_column}={image_column} of {name} has {kind}, expected images "
-            f"({type(error).__name__}); give the column with the images."
-        ) from None
-
-
-def _check_layout(named: str, root: Path, folder_option: str) -> None:
-    """Raise UserError where a local data set cannot be one, before `datasets` takes it for something else.
-
-    `named`: option and value, for messages; `folder_option`: the one for a folder of images.
-    """
-    if not root.is_dir():
-        raise UserError(f"{named} is a file; give the folder that it is in.")
-    files = sorted(root.rglob("*.parquet"))
-    if not files and not any(root.rglob("metadata.*")):
-        raise UserError(
-            f"{named} has no .parquet file and no metadata.jsonl or metadata.csv; for a folder of images use "
-            f"{folder_option}={root}."
-        )
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = 0
-    for file in files:
-        try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                rows += table.metadata.num_rows
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(
-                f"{file} cannot be read as parquet ({type(error).__name__}); download it again."
-            ) from None
-    if files and rows == 0:
-        raise UserError(f"{named} has no images, its tables have no rows; give another data set.")
-
-
-def _rows(flags: DataFlags, name: str) -> datasets.Dataset:
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name, flags.config, cache_dir=flags.cache_dir)
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs errors that it raises as well
+        return datasets.load_dataset(name, flags.config, cache_dir=flags.cache_dir)
     except Exception as error:  # noqa: BLE001  # of datasets, its file systems, pyarrow and pandas
-        cause = error.__cause__ or error
-        why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise UserError(
-            f"{flags.spelling.dataset}={name} cannot be loaded ({why}); see {flags.spelling.config}."
-        ) from None
-    if flags.split not in splits:
-        raise UserError(
-            f"{flags.spelling.split}={flags.split} is not a split of {name}, which has {', '.join(splits)}; give one "
-            "of them."
-        )
-    return splits[flags.split]
+        why = why_not_loaded(error, root if root.exists() else None, flags.spelling.config)
+        raise UserError(f"{flags.spelling.dataset}={name} cannot be loaded {why}") from None
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def _columns(flags: DataFlags, name: str, there: Sequence[str]) -> tuple[str, str | None]:
@@ -276,10 +290,6 @@ def _arrow_file(rows: datasets.Dataset) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _parquet_folders(root: Path) -> list[Path]:
-    return sorted({file.parent for file in root.rglob("*.parquet")}) if root.is_dir() else []
-
-
 @dataclass(frozen=True)
 class _Cells:
     """The image cells of a data set `name`: bytes, or the path of a file.
@@ -293,6 +303,22 @@ class _Cells:
     file: Path | None
     folders: list[Path]
     caption_option: str
+
+    @classmethod
+    def of(cls, flags: DataFlags, rows: datasets.Dataset, image_column: str) -> _Cells:
+        """`rows`: of a split, with images undecoded."""
+        name, root = flags.dataset or "", Path(flags.dataset or "")
+        local = root.exists()
+        folders = sorted({file.parent for file in parquet_files(root)}) if local else []
+        cells = rows.with_format("arrow")[:].column(image_column)
+        caption_option = flags.spelling.caption_column
+        return cls(name, root.resolve() if local else None, cells, _arrow_file(rows), folders, caption_option)
+
+    def files(self) -> set[Path]:
+        """The image files that cells name, resolved."""
+        paths = (cell["path"].as_py() for cell in self.cells if cell.is_valid and not cell["bytes"].is_valid)
+        places = (folder / path for path in paths if path for folder in (self.root or Path(), *self.folders))
+        return {place.resolve() for place in places}
 
     def image(self, row: int, caption: object) -> TrainingImage:
         where = f"{self.name}, row {row}"
@@ -333,14 +359,3 @@ def first_caption(caption: object, where: str, option: str = "--caption_column")
     if not isinstance(caption, str | None):
         raise UserError(f"{where} has the caption {caption!r:.80}, expected text; see {option}.")
     return caption if caption and caption.strip() else None
-
-
-def _without_a_row(root: Path, images: list[TrainingImage]) -> list[tuple[str, str]]:
-    """Image files of an image folder that its metadata do not name."""
-    if not any(file for name in METADATA for file in root.rglob(name)):
-        return []
-    named = {image.origin[0].resolve() for image in images if image.origin}
-    folders = [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]
-    files = [file for folder in folders for file in picture_files(folder)]
-    others = [file for file in files if file.resolve() not in named]
-    return [(str(file.relative_to(root)), "no row of the metadata names it") for file in others]

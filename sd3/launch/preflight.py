@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3.common.command_line import UserError
+from sd3.common.command_line import UserError, one_line
 from sd3.common.model_files import check_model
 from sd3.common.safetensors_files import safetensors_parameters
 from sd3.common.weight_files import weight_files
@@ -143,17 +143,19 @@ def main(given: Sequence[str]) -> int:
     try:
         problems, summary = check(json.load(sys.stdin), given)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(one_line(str(error)), file=sys.stderr)
         return error.status
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(one_line(problem), file=sys.stderr)
     if problems:
         return 2
     if summary is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may not have all letters of a name
         for line in summary.lines():
-            print(f"data: {line}")
+            print(f"data: {one_line(line)}")
         if number := os.environ.get("SD3_SUMMARY_FD"):
-            with os.fdopen(int(number), "w", encoding="utf-8") as stream:
+            # What is left of a name that is not UTF-8 is spelled as JSON's own escapes.
+            with os.fdopen(int(number), "w", encoding="utf-8", errors="backslashreplace") as stream:
                 json.dump(summary.as_json(), stream, indent=2, ensure_ascii=False)
     return 0
 
