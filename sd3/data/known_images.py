@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from PIL import __version__ as pillow_version
 
-from sd3.common.memory import uncollected
 from sd3.common.command_line import UserError
+from sd3.common.memory import uncollected
 from sd3.common.seen import SeenFiles
 from sd3.data.facts import ImageFacts, facts_of, in_parallel
 from sd3.data.training_data import Origin, TrainingImage, UnreadableFile
