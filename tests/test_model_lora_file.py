@@ -20,6 +20,7 @@ from sd3.common.command_line import UserError
 from sd3.inference.run import generate
 from sd3.inference.sources import find_sources
 from sd3.inference.weights import Weights
+from sd3.model import lora_settings
 from sd3.model.lora_file import read_lora
 from sd3.model.lora_layers import add_lora
 
@@ -349,3 +350,27 @@ def test_layers_are_checked_where_the_models_headers_cannot_be_read(model: Path,
     modules = found.parts["transformer"]
     with pytest.raises(ValueError, match="there is no linear layer transformer_blocks.0.attn.to_q"):
         add_lora(torch.nn.ModuleDict({"transformer_blocks": torch.nn.Linear(4, 4)}), modules, found.tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_matrices_that_are_no_numbers_are_refused_by_key(
+    model: Path, tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    matrices = pairs(model, RANKS)
+    (part, module), (down, _) = next(iter(matrices.items()))
+    down[-1, -1] = value
+    tensors = {key: tensor.to(dtype) for key, tensor in spelt(matrices).items()}
+    lora = write(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(UserError, match=rf"lora={lora} is damaged: {part}\.{module}\..+ holds NaN or infinity; train"):
+        Weights(find_sources(str(model), str(lora)), torch.float32, 1.0)
+
+
+def test_a_pattern_that_takes_for_ever_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_settings, "PATTERN_SECONDS", 0.2)
+    stated = settings(transformer={"r": 4, "lora_alpha": 4, "alpha_pattern": {r"((\w|.)+)+(?<!j)": 4}})
+    lora = write(tmp_path / "lora.safetensors", spelt(pairs(model, RANKS)), stated)
+    with pytest.raises(UserError, match="its pattern .* does not come to an end; give the file as it was trained"):
+        find_sources(str(model), str(lora))

@@ -67,15 +67,18 @@ class LoraFile:
         """All tensors of the file by their keys.
 
         Raises:
-            LoraError: the header and what follows it do not agree.
+            LoraError: the header and what follows it do not agree, or a number is NaN or infinity.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.path)
+            found = load_file(self.path)
         except SafetensorError as error:
             raise LoraError(f"is damaged ({error}); train or copy it again.") from None
+        if wrong := [key for key, tensor in found.items() if not tensor.float().isfinite().all()]:
+            raise LoraError(f"is damaged: {wrong[0]} holds NaN or infinity; train or copy it again.")
+        return found
 
 
 def read_lora(file: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]] | None]) -> LoraFile:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import regex  # as `re`, with a time limit; it comes with transformers
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ UNSUPPORTED = (
 )  # fmt: skip
 # These only say where training began; others, such as pissa, also took something off the model's own weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+PATTERN_SECONDS = 1.0  # a pattern takes microseconds
 AS_TRAINED = "give the file as it was trained"
 Value = TypeVar("Value", int, float)
 
@@ -83,10 +85,7 @@ class LoraSettings:
 
     def _first_match(self, patterns: Mapping[str, Value], module: str, default: Value | None) -> Value | None:
         names = (module, f"{self.part}.{module}")  # PEFT saw the second where the whole pipeline was its model
-        fits = (
-            value for key, value in patterns.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
-        )
-        return next(fits, default)
+        return next((value for key, value in patterns.items() if any(_fits(key, name) for name in names)), default)
 
 
 def parse_settings(text: str, where: str, parts: Sequence[str], known: Sequence[str]) -> dict[str, LoraSettings]:
@@ -152,7 +151,15 @@ def _settings_of(part: str, found: Mapping[str, Any], where: str) -> LoraSetting
 
 def _is_pattern(text: str) -> bool:
     try:
-        re.compile(rf"(.*\.)?({text})$")
-    except re.error:
+        regex.compile(rf"(.*\.)?({text})$")
+    except regex.error:
         return False
     return True
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a pattern of PEFT's fits the end of a name; one that takes for ever is refused."""
+    try:
+        return bool(regex.match(rf"(.*\.)?({pattern})$", name, timeout=PATTERN_SECONDS))
+    except TimeoutError:
+        raise LoraError(f"cannot be used: its pattern {pattern!r:.80} does not come to an end; {AS_TRAINED}.") from None
