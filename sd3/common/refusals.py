@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -49,8 +48,8 @@ def _told(error: UserError) -> bool:
 class Refusals:
     """The supervisor's side: what ranks refused with, and the ranks that wait to be let go."""
 
-    def __init__(self) -> None:
-        """Opens the socket; where none can be had the ranks speak for themselves."""
+    def __init__(self, folder: Path) -> None:
+        """Opens the socket, in `folder`; where that fails the ranks speak for themselves."""
         self.sentences: list[str] = []
         self.status = 0
         self.pids: set[int] = set()
@@ -59,9 +58,8 @@ class Refusals:
         self.environment: dict[str, str] = {}
         self.server: socket.socket | None = None
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="sd3-", ignore_cleanup_errors=True)
             self.server = socket.socket(socket.AF_UNIX)
-            self.server.bind(str(Path(self._folder.name) / "socket"))
+            self.server.bind(str(folder / "socket"))
             self.server.listen(1024)
             self.environment[ADDRESS] = self.server.getsockname()
         except OSError:  # a full disk, a path that is too long
@@ -94,8 +92,7 @@ class Refusals:
         self.waiting.clear()
 
     def close(self) -> None:
-        """Let everybody go and remove the socket."""
+        """Let everybody go."""
         self.release()
         if self.server is not None:
             self.server.close()
-            self._folder.cleanup()

@@ -1,12 +1,15 @@
 """Runs a training command to its end: output to terminal and log, signals to the ranks, nobody left behind.
 
-    python -m sd3.common.supervise --log FILE [--grace SECONDS] -- COMMAND...
+    python -m sd3.common.supervise --log FILE [--grace SECONDS] [--parent PID] -- COMMAND...
 
 `accelerate launch` does not do this itself: with one process it dies of SIGTERM and orphans its child; with several it
 kills the ranks 30 s after the signal, or as soon as the first of them has ended, in the middle of a checkpoint if need
 be. So the ranks are signalled here, while accelerate's own process is held still (SIGSTOP), and get the whole grace;
 also where a scheduler has signalled every process, and accelerate's has died of it. A rank that refuses its input is
 heard past accelerate, see refusals.py. Linux in full; elsewhere the command's process group is signalled as one.
+
+Where this process is killed itself, accelerate's dies with it, and the ranks stop by themselves, see orphans.py. Where
+the launcher is killed that started it, the ranks are stopped as by SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from sd3.common import orphans
+from sd3.common.command_line import UserError
 from sd3.common.refusals import Refusals
+from sd3.common.scratch import Scratch
 
 LINUX = sys.platform.startswith("linux")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -119,13 +125,15 @@ def send(pid: int, number: int) -> None:
 class Supervisor:
     """One command, its output and its end."""
 
-    def __init__(self, command: list[str], log: Path, grace: float) -> None:
-        """Starts the command; `grace` in seconds.
+    def __init__(self, command: list[str], log: Path, grace: float, parent: int = 0) -> None:
+        """Starts the command; `grace` in seconds; `parent`: the process without which it is to stop, 0 for none.
 
         Raises:
             OSError: the log cannot be opened, or the command cannot be started.
+            UserError: there is no place for temporary files.
         """
         self.grace = grace
+        self.parent = parent
         self.caught = 0
         self.deadline = 0.0
         self.child: subprocess.Popen[bytes] | None = None
@@ -143,24 +151,38 @@ class Supervisor:
         values = [os.environ.get(name, "").encode() for name in SECRETS]
         self.masker = Masker([value for value in values if len(value) >= 8])
         self.lines = LogLines()
-        self.refusals = Refusals()
         if sys.stdout.isatty():
             self.source, writer = pty.openpty()
             size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
             fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
         else:
             self.source, writer = os.pipe()
+        self.scratch = Scratch()
+        self.refusals = Refusals(self.scratch.folder)
+        if self.scratch.note:
+            self.show(f"{self.scratch.note}\n".encode())
         try:
-            self.child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, start_new_session=True,
-                env={**os.environ, **self.refusals.environment},
-            )  # fmt: skip
-        except OSError:
-            self.refusals.close()
+            self.child = self.start(command, writer)
+        except BaseException:
+            self.clean_up()
             raise
         os.close(writer)
         if self.caught:
             self.pass_on()
+
+    def start(self, command: list[str], output: int) -> subprocess.Popen[bytes]:
+        """Start the command, which dies with this process; its ranks learn whom to watch."""
+        own = os.getpid()
+        added = {**self.refusals.environment, **self.scratch.environment, **orphans.supervised_by(self.grace)}
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            env={**os.environ, **added}, preexec_fn=lambda: orphans.die_with(own),
+        )  # fmt: skip
+
+    def clean_up(self) -> None:
+        """Remove what the run needed only while it went on."""
+        self.refusals.close()
+        self.scratch.remove()
 
     def on_signal(self, number: int, _frame: FrameType | None = None) -> None:
         """First signal: pass it to the ranks, which may save what they have. A second one: end them at once."""
@@ -267,7 +289,7 @@ class Supervisor:
             return self.see_to_the_end()
         finally:
             self.end_all()
-            self.refusals.close()
+            self.clean_up()
 
     def see_to_the_end(self) -> int:
         """As `run`, if nothing goes wrong."""
@@ -298,6 +320,8 @@ class Supervisor:
         """Is there anything to wait for? The command; after a signal or a refusal its ranks, for their time."""
         assert self.child is not None
         code = self.child.poll()
+        if self.parent and os.getppid() != self.parent and not self.caught:
+            self.on_signal(signal.SIGTERM)
         if code is not None and -code in SIGNALS and not self.caught:
             self.on_signal(-code)  # it reached all processes, and this one last
         self.settle()
@@ -341,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a training command and see it to its end.")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--grace", default="60", help="seconds from a signal to SIGKILL")
+    parser.add_argument("--parent", type=int, default=0, help="process whose end ends the run: the launcher")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -354,7 +379,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not command:
         parser.error("a command is needed after --")
     try:
-        supervisor = Supervisor(command, options.log, grace)
+        supervisor = Supervisor(command, options.log, grace, options.parent)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.status
     except OSError as error:
         print(f"{command[0]} cannot be run with its log at {options.log}: {error.strerror}.", file=sys.stderr)
         return 3

@@ -189,6 +189,7 @@ build_command() {
   [ -z "$VARIANT" ] || TRAIN_ARGUMENTS+=("--variant=$VARIANT")
   take_secrets_out
   TRAIN_ARGUMENTS+=("${PASSED_ON[@]}")
+  [ "$ENGINE" = native ] || COMMAND+=("$HERE/rank.py")
   COMMAND+=("$TRAIN_SCRIPT" "${TRAIN_ARGUMENTS[@]}")
 }
 
@@ -262,7 +263,7 @@ check_run() {
 
 quoted_command() { printf '%q ' "${COMMAND[@]}"; printf '\n'; }
 
-# The run directory, locked for as long as this launcher lives; machine 0 alone locks and writes.
+# The run directory, locked for as long as this launcher or its supervisor lives; only machine 0 locks and writes.
 prepare_run_dir() {
   mkdir -p "$RUN_DIR" 2>/dev/null || fail "--output_dir=$RUN_DIR cannot be made; name a directory that you may write."
   [ -w "$RUN_DIR" ] || fail "--output_dir=$RUN_DIR cannot be written; name a directory that you may write."
@@ -318,10 +319,10 @@ launch() {
   # Before the supervisor is there: without it a signal has nothing to end but this shell.
   trap 'pass_on INT 130' INT
   trap 'pass_on TERM 143' TERM HUP
-  # Descriptor 8 is the run's lock: this shell's alone, so that no stray process can hold it.
+  # Descriptor 8 is the run's lock, this shell's and the supervisor's, which passes it on to no process.
   # No function here: $! must be Python itself.
   PYTHONPATH="$PROJECT_DIR${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -c "$RUN_MODULE" sd3.common.supervise --log "$RUN_DIR/$log" \
-    --grace "${SD3_STOP_GRACE:-60}" -- "${COMMAND[@]}" 8>&- &
+    --grace "${SD3_STOP_GRACE:-60}" --parent "$$" -- "${COMMAND[@]}" &
   # A signal interrupts wait; the supervisor is then still ending the ranks.
   while :; do
     status=0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,25 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sd3.common import shared_memory
+from sd3.common.command_line import UserError
 from sd3.native.cache import Cache
+from sd3.native.loading import (
+    Loaded,
+    Packed,
+    Refusal,
+    Shielded,
+    WorkerDeaths,
+    begin_loading,
+    handed_over,
+    readable,
+    refused,
+)
 from sd3.native.pictures import class_samples, instance_samples
 from sd3.native.precompute import Precompute
 from sd3.native.prior import class_pictures
 from sd3.native.randomness import seed_of
 from sd3.native.step import Batch
-from sd3.native.stop import SIGNALS
 from sd3.native.stream import Stream
 from sd3.native.text import Tokenizers, warn_of_cuts
 
@@ -116,41 +129,67 @@ class Samples(Dataset):
         return position, found
 
 
-def leave_signals(_worker: int) -> None:
-    """Ignore signals in a loader process: the main process acts on them, and needs its batches to end the step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Loader:
     """This rank's batches, one after another, from a position of the stream to the end of the run."""
 
     def __init__(self, options: argparse.Namespace, samples: Samples, texts: Texts, device: torch.device) -> None:
         """`device`: where the batches are to be."""
         self.options, self.samples, self.texts, self.device = options, samples, texts, device
+        self.workers = options.dataloader_num_workers
 
     def batches(self, position: int, rank: int, steps: int) -> Iterator[Batch]:
-        """The batches of a rank over `steps` optimizer steps from `position` on."""
-        workers = self.options.dataloader_num_workers
-        # From pinned memory the device fetches a batch while it computes on the one before.
-        pinned = self.device.type in ("cuda", "npu")
-        loader = DataLoader(
-            self.samples,
-            batch_sampler=self.samples.stream.batches(position, rank, steps),
-            collate_fn=self._collate,
-            num_workers=workers,
-            pin_memory=pinned,
-            pin_memory_device="npu" if self.device.type == "npu" else "",  # CUDA needs no naming
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=leave_signals,
-        )
-        few = [text.to(self.device) for text in self._texts(self.samples.items.captions)] if self._few() else None
-        for positions, mean, logvar, texts, rows in loader:
+        """The batches of a rank over `steps` optimizer steps from `position` on.
+
+        Raises:
+            UserError: a loader process cannot be started or has died, or the cache cannot be read.
+        """
+        captions, few = self.samples.items.captions, None
+        if self._few():
+            few = [text.to(self.device) for text in readable(self.samples.cache, lambda: self._texts(captions))]
+        for positions, mean, logvar, texts, rows in self._loaded(self._loader(position, rank, steps)):
             mean, logvar, rows, *texts = (
                 tensor.to(self.device, non_blocking=True) for tensor in (mean, logvar, rows, *texts)
             )
             texts = texts if few is None else few
             yield Batch(mean, logvar, tuple(text.index_select(0, rows) for text in texts), positions)
+
+    def _loader(self, position: int, rank: int, steps: int) -> DataLoader:
+        return DataLoader(
+            Shielded(self.samples),
+            batch_sampler=self.samples.stream.batches(position, rank, steps),
+            collate_fn=self._collate_or_refuse,
+            num_workers=self.workers,
+            # From pinned memory the device fetches a batch while it computes on the one before.
+            pin_memory=self.device.type in ("cuda", "npu"),
+            pin_memory_device="npu" if self.device.type == "npu" else "",  # CUDA needs no naming
+            prefetch_factor=4 if self.workers else None,
+            worker_init_fn=functools.partial(begin_loading, os.getpid(), self.workers),
+        )
+
+    def _loaded(self, loader: DataLoader) -> Iterator[Loaded]:
+        """What the loader loads, with what goes wrong in its processes as UserError."""
+        if self.workers:
+            shared_memory.check(self.workers)
+        try:
+            # Kept: to shut it down is to wait for its processes and its thread, which may be stuck.
+            self.iterator = iter(loader)
+        except (OSError, RuntimeError) as error:
+            raise shared_memory.no_loaders(self.workers, f"loader processes cannot be started: {error}") from None
+        deaths = WorkerDeaths() if self.workers else None
+        while True:
+            try:
+                with deaths.raised() if deaths else contextlib.nullcontext():
+                    found = next(self.iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError) as error:
+                if isinstance(error, RuntimeError) and shared_memory.DEATH not in str(error):
+                    raise
+                lost = "has died" if isinstance(error, RuntimeError) else "cannot hand a batch over"
+                raise shared_memory.no_loaders(self.workers, f"a loader process {lost}: {error}") from None
+            if isinstance(found, Refusal):
+                raise UserError(*found)
+            yield found.unpacked() if isinstance(found, Packed) else found
 
     def _few(self) -> bool:
         return len(self.samples.items.captions) <= FEW
@@ -159,10 +198,17 @@ class Loader:
         """What the model is given for each of the captions, stacked."""
         return [torch.stack(column) for column in zip(*(self.texts[caption] for caption in captions), strict=True)]
 
-    def _collate(
-        self, batch: Sequence
-    ) -> tuple[list[int], torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Positions, means, log-variances, each distinct caption's text, and which of them each row has.
+    def _collate_or_refuse(self, batch: Sequence) -> Loaded | Packed | Refusal:
+        """A batch as the rank is to get it."""
+        if refusal := next((one for one in batch if isinstance(one, Refusal)), None):
+            return refusal
+        found = refused(self.samples.cache, lambda: self._collate(batch))
+        if not self.workers or isinstance(found, Refusal):
+            return found
+        return handed_over(Loaded(*found), self.device.type, self.workers)
+
+    def _collate(self, batch: Sequence) -> Loaded:
+        """A batch of samples.
 
         The rows are the subject's pictures, then those of the class. Where the data set has few captions, the texts
         are none, and the rows count them in its own order.
@@ -173,7 +219,7 @@ class Loader:
         if not self._few():
             captions = list(dict.fromkeys(caption for _, _, caption in rows))
             texts = self._texts(captions)
-        return (
+        return Loaded(
             positions,
             torch.stack([mean for mean, _, _ in rows]),
             torch.stack([logvar for _, logvar, _ in rows]),

@@ -29,6 +29,7 @@ from accelerate.utils import (
 )
 from diffusers import AutoencoderKL
 
+from sd3.common import orphans
 from sd3.common.command_line import UserError
 from sd3.common.device_errors import compiler_failed, out_of_memory
 from sd3.common.hub_models import model_directory
@@ -36,6 +37,7 @@ from sd3.common.model_files import has_t5, largest_side, parts_of
 from sd3.common.model_sizes import CLIP_TOKENS
 from sd3.common.part_loading import load_scheduler
 from sd3.common.refusals import refuse
+from sd3.common.scratch import temporary_files
 from sd3.common.weight_files import MODELS, of_variants
 from sd3.native import checkpoint, checkpoint_files, hub
 from sd3.native.checkpoint import Checkpoints
@@ -75,7 +77,8 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
         options = parse(kind, arguments)
         accelerator = start_accelerator(options)
         # The main rank holds the directory for all.
-        with alone_in(Path(options.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+        alone = alone_in(Path(options.output_dir)) if accelerator.is_main_process else contextlib.nullcontext()
+        with alone, temporary_files():
             return run(options, kind, accelerator)
     except UserError as error:
         return refuse(error)
@@ -95,17 +98,29 @@ def main(kind: str, arguments: Sequence[str] | None = None) -> int:
 def train(kind: str) -> NoReturn:
     """The whole process of a script: `main`, then the end, with all that is buffered written and nothing collected.
 
-    Where `main` fails by a bug the status is 1, and the stack is shown.
+    Where `main` fails by a bug the status is 1, and the stack is shown. Nothing keeps the process from its end: with
+    nobody left to read its output every write fails, and an interpreter that ends waits for the loader processes.
     """
+    orphans.stop_without_supervisor()
+    status = 1
     try:
         status = main(kind)
-    except Exception:
+    except SystemExit as end:  # --help
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
         traceback.print_exc()
-        status = 1
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    finally:
+        _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    try:
+        for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
+            with contextlib.suppress(OSError, ValueError):
+                flush()
+    finally:
+        os._exit(status)
 
 
 def start_accelerator(options: argparse.Namespace) -> Accelerator:
@@ -241,7 +256,7 @@ def run(options: argparse.Namespace, kind: str, accelerator: Accelerator) -> int
     log_every = options.log_every or (1 if device.type == "cpu" else 10)
     profile = Profile(options.profile, Path(options.output_dir) / "profile", accelerator.process_index, device.type)
     stopper = Stopper()
-    KEPT.extend((model, optimizer, checkpoints, stopper))
+    KEPT.extend((model, optimizer, checkpoints, stopper, loader))
     logger.info(
         "Training %s: %d samples, %d steps of %d, %d an epoch.",
         kind, len(items), steps, stream.samples_a_step, stream.steps_an_epoch,
