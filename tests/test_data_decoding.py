@@ -109,6 +109,42 @@ def test_transparency_of_16_bit_channels() -> None:
     assert decode_with_changes(deep_png(6, values)).changes[0] == "16-bit colour to 8 bits"
 
 
+def deep_sgi(channels: int) -> bytes:
+    """A 4x4 SGI image of 16-bit channels."""
+    head = struct.pack(">hbbHHHHll", 474, 0, 2, 3 if channels > 1 else 2, 4, 4, channels, 0, 65535).ljust(512, b"\0")
+    return head + b"\x12\x34" * (16 * channels)
+
+
+def deep_jpeg2000() -> bytes:
+    """A JPEG 2000 image whose header says that its three channels have 16 bits."""
+    content = bytearray(encoded(Image.new("RGB", (16, 16), RED), "JPEG2000"))
+    depths = content.find(b"\xff\x4f\xff\x51") + 42  # of each channel, less 1, at every third byte
+    assert content[depths : depths + 9 : 3] == b"\7\7\7"
+    content[depths : depths + 9 : 3] = b"\17\17\17"
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        deep_png(2, np.zeros((4, 4, 3))), b"P6 4 4 65535\n" + b"\x12\x34" * 48, b"P6 4 4 1023\n" + b"\1\x34" * 48,
+        b"P3 2 1 1023\n1 2 3 4 5 6\n", deep_sgi(3), deep_sgi(1), deep_jpeg2000(),
+    ],
+    ids=["png", "ppm", "ppm of 10 bits", "plain ppm", "sgi", "sgi grey", "jpeg 2000"],
+)  # fmt: skip
+def test_the_loss_of_more_than_8_bits_is_told(content: bytes) -> None:
+    assert decode_with_changes(content).changes[0] == "16-bit colour to 8 bits"
+
+
+def test_16_bits_for_a_whole_pixel_lose_nothing() -> None:
+    """A BMP of 5, 6 and 5 bits."""
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    head = struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 16, 3, 32, 0, 0, 0, 0) + masks
+    content = b"BM" + struct.pack("<IHHI", 14 + len(head) + 32, 0, 0, 14 + len(head)) + head + b"\x00\xf8" * 16
+    assert corners(content)[0] == (255, 0, 0)
+    assert decode_with_changes(content).changes == ()
+
+
 def deep_grey(dtype: str = "uint16") -> np.ndarray:
     levels = np.full((40, 30), 128, dtype)
     levels[:20, :15] = 60

@@ -38,7 +38,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 LEVELS = {"L;2": 85, "L;4": 17}  # of 8 bits, for one of PNG's 2 and 4 bits: 255 / 3 and 255 / 15
-DEEP = re.compile(";16[BLN]?$")  # how Pillow calls channels of 16 bits in a file; 16 bits in all are BGR;16
+JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # begins a codestream
+JPEG2000_DEPTH = 42  # bytes from there to the depth of the first channel, less 1 (ISO/IEC 15444-1, A.5.1)
+DEEP = re.compile("(?<!BGR);16[BLN]?$")  # how Pillow calls channels of 16 bits in a file; 16 bits in all are BGR;16
 @dataclass(frozen=True)
 class Decoded:
     """An upright RGB image, and what was done to the file's own (`changes`, empty for plain RGB)."""
@@ -121,7 +123,7 @@ def _decode(content: bytes, reduced: bool) -> Decoded:
     with _open(content) as image:
         # Further images of an MPO are previews and the other eye's view.
         several = getattr(image, "is_animated", False) and image.format != "MPO"
-        raw_mode, of_tiff = _raw_mode(image), tiff_facts(image)
+        raw_mode, of_tiff = _raw_mode(image, content), tiff_facts(image)
         size = None
         if reduced and image.format in ("JPEG", "MPO") and min(image.size) >= REDUCED:
             size = image.size
@@ -139,14 +141,18 @@ def _decode(content: bytes, reduced: bool) -> Decoded:
     return Decoded(converted, (*changes, *how), size)
 
 
-def _raw_mode(image: Image.Image) -> str:
+def _raw_mode(image: Image.Image, content: bytes) -> str:
     """Pillow's name of the pixels as they are in the file; with ";16" where a channel has more than 8 bits."""
     arguments = image.tile[0].args if image.tile else ""
+    if image.format == "JPEG2000":
+        start = content.find(JPEG2000_SIZE)
+        return f"{image.mode};16" if start >= 0 and content[start + JPEG2000_DEPTH] & 0x7F > 7 else image.mode
     if isinstance(arguments, str):
         return arguments
     names = [each for each in arguments or () if isinstance(each, str)]
-    # Of a PPM the largest value follows.
+    # Of a PPM the largest value follows; of an SGI image a decoder of its own has 16 bits.
     wide = image.format == "PPM" and any(isinstance(each, int) and each > 255 for each in arguments[1:2])
+    wide |= image.format == "SGI" and image.tile[0].codec_name == "SGI16"
     return f"{names[0]};16" if names and wide else next(iter(names), "")
 
 
