@@ -16,6 +16,7 @@ from transformers import CLIPTextModelWithProjection
 from sd3.common.command_line import UserError
 from sd3.common.model_files import check_model, largest_side
 from sd3.common.part_loading import load_scheduler, load_tokenizer, load_weights
+from sd3.data.caption_lengths import caption_lengths
 from sd3.inference.sources import find_sources
 from sd3.native.text import TOKENIZERS
 
@@ -65,6 +66,32 @@ def test_an_index_that_is_a_named_pipe_or_a_folder_is_not_waited_for(model: Path
     index.unlink()
     index.mkdir()
     assert "model_index.json is not a file" in check_model(str(model))[0]
+
+
+@pytest.mark.parametrize("offsets", [["a", 0], [0], [4, 0], [-8, 0], [0.0, 0], None], ids=str)
+def test_a_header_whose_places_are_no_places_is_damaged(model: Path, offsets: object) -> None:
+    entry = {"dtype": "F32", "shape": [], "data_offsets": offsets}
+    header = json.dumps({"transformer_blocks.0.a": entry}).encode()
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"transformer/{weights.name} has no safetensors header" in only_problem(model)
+
+
+def test_an_index_names_every_part(model: Path) -> None:
+    file = model / "model_index.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "vae"}))
+    (problem,) = check_model(str(model))
+    assert "is incomplete: vae (not in model_index.json) missing" in problem
+
+
+@pytest.mark.parametrize("name", ["tokenizer/vocab.json", "tokenizer_3/tokenizer.json"])
+def test_a_vocabulary_of_the_wrong_kind_is_named_where_captions_are_counted(model: Path, name: str) -> None:
+    (model / name).write_text('{"a": [1, {"b": 2}]}')
+    folder = (model / name).parent
+    with pytest.raises(UserError, match=f"{folder} cannot be loaded .*; download it again"):
+        caption_lengths(["word " * 200], model, 77)
+    with pytest.raises(UserError, match=f"{folder} cannot be loaded .*; download it again"):
+        load_tokenizer(TOKENIZERS[folder.name], folder)("word")
 
 
 @pytest.mark.parametrize("kind", ["FluxPipeline", "StableDiffusionXLPipeline"])

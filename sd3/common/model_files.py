@@ -54,6 +54,8 @@ def _problems(root: Path) -> list[str]:
     absent, parts = absent_parts(root), parts_of(root)
     missing = [] if (root / INDEX).is_file() else [INDEX]
     missing += [f"{part} (null in {INDEX})" for part in parts if part in absent]
+    # What the index does not name would be left out of the result of a fine-tune.
+    missing += [f"{part} (not in {INDEX})" for part in parts if (root / INDEX).is_file() and part not in _index(root)]
     missing += [what for part in MODELS if part in parts for what in missing_files(root / part)]
     if not (root / SCHEDULER).is_file():
         missing.append(SCHEDULER)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from safetensors import SafetensorError
 
-from sd3.common.command_line import UserError
+from sd3.common.load_errors import damage_as_user_error
 from sd3.common.safetensors_files import safetensors_header
 from sd3.common.tokenizer_files import only_tokenizer_json, tokenizer_folder
 from sd3.common.weight_files import choose_weights, plain_folder
-
-LONGEST_REASON = 400
 
 
 def load_weights(kind: Any, part: Path, variant: str | None = None, **settings: object) -> Any:  # noqa: ANN401
@@ -29,7 +24,7 @@ def load_weights(kind: Any, part: Path, variant: str | None = None, **settings: 
         UserError: it cannot be loaded, or lacks weights: the libraries draw those at random, and only warn.
     """
     settings["output_loading_info"] = True
-    with _told_of_damage(part):
+    with damage_as_user_error(part):
         if by_itself(part, variant):
             model, info = kind.from_pretrained(part, variant=variant, **settings)
         else:
@@ -45,34 +40,14 @@ def load_weights(kind: Any, part: Path, variant: str | None = None, **settings: 
 
 def load_tokenizer(kind: Any, part: Path, **settings: object) -> Any:  # noqa: ANN401
     """A tokenizer by its class's `from_pretrained`, see sd3.common.tokenizer_files; raises as `load_weights` does."""
-    with _told_of_damage(part), tokenizer_folder(part) as folder:
+    with damage_as_user_error(part), tokenizer_folder(part) as folder:
         return kind.from_pretrained(folder, **settings)
 
 
 def load_scheduler(part: Path, **settings: object) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler with the model's own settings; raises as `load_weights` does."""
-    with _told_of_damage(part):
+    with damage_as_user_error(part):
         return FlowMatchEulerDiscreteScheduler.from_pretrained(part, **settings)
-
-
-@contextlib.contextmanager
-def _told_of_damage(part: Path) -> Iterator[None]:
-    """Turn what the libraries raise at files that do not fit together into one sentence."""
-    try:
-        yield
-    # A configuration of the wrong kind fails wherever a value of it is used, with whatever that raises.
-    except (
-        OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError
-    ) as error:  # fmt: skip
-        if any(word in str(error).lower() for word in ("out of memory", "allocat")):
-            raise
-        raise UserError(f"{part} cannot be loaded ({_short(error)}); download it again.") from None
-
-
-def _short(error: Exception) -> str:
-    """In one line; the names of weights are on lines behind the first."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
 
 
 def _check_whole(model: Any, info: dict[str, Any], part: Path, variant: str | None) -> None:  # noqa: ANN401

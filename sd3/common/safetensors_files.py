@@ -14,20 +14,26 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     """The entries of a safetensors file: `dtype`, `shape` and `data_offsets` of each tensor by its name.
 
     Raises:
-        ValueError: the file is cut short, or is no safetensors file.
+        ValueError: the file is cut short, or is not a safetensors file.
     """
     header, end = _read_header(file)
     header.pop("__metadata__", None)
-    try:
-        size = end + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        whole = all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in header.values())
-    except (TypeError, LookupError):
-        whole = False
-    if not whole:
+    if not all(map(_is_entry, header.values())):
         raise ValueError("has no safetensors header")
+    size = end + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != file.stat().st_size:
         raise ValueError("is cut short")
     return header
+
+
+def _is_entry(entry: object) -> bool:
+    """Is it what a header says of a tensor?"""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    offsets = entry.get("data_offsets")
+    if not isinstance(entry.get("shape"), list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int for number in offsets) and 0 <= offsets[0] <= offsets[1]
 
 
 def safetensors_metadata(file: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sd3.common.load_errors import damage_as_user_error
 from sd3.common.model_files import has_t5
 from sd3.common.model_sizes import CLIP_TOKENS
 from sd3.common.tokenizer_files import tokenizer_folder
@@ -92,7 +93,8 @@ def _cut(captions: Sequence[str], folder: Path, load: Callable[[Path], Counter],
     distinct = [caption for caption in dict.fromkeys(captions) if not surely_fits(caption, limit)]
     doubtful = set(distinct)
     candidates = [caption for caption in captions if caption in doubtful] if distinct else []
-    tokens = dict(zip(distinct, load(folder)(distinct), strict=True)) if distinct else {}
+    with damage_as_user_error(folder):
+        tokens = dict(zip(distinct, load(folder)(distinct), strict=True)) if distinct else {}
     over = [tokens[caption] for caption in candidates if tokens[caption] > limit]
     return EncoderCut(name, limit, len(over), max(over, default=0))
 
