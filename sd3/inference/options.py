@@ -9,12 +9,13 @@ from pathlib import Path
 
 from sd3.common.command_line import Parser, UserError
 from sd3.common.pictures import PictureError, Recipe, read_recipe
+from sd3.common.trained_length import LONGEST
 from sd3.inference.prompts import Prompt, read_prompts
 
 DTYPES = ("float16", "bfloat16", "float32")
 SEED_LIMIT = 2**64  # torch.Generator takes an unsigned 64-bit seed
 SIDE_LIMITS = (64, 4096)
-LENGTH_LIMITS = (77, 512)  # the library takes no more, and training no less by default
+LENGTH_LIMITS = (77, LONGEST)  # training takes no less by default
 # Above this many pixels the VAE decodes in tiles, unless --vae-tiling says otherwise: its activations grow with the
 # area, and at 1024x1024 they already take gigabytes.
 UNTILED_PIXELS = 1536 * 1536

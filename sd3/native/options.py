@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sd3.common.command_line import Parser, UserError
+from sd3.common.trained_length import LONGEST
 from sd3.data.training_data import DataFlags
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ BELOW_ONE = Range("from 0 to below 1", lambda number: 0 <= number < 1)
 SWITCH = Range("0 or 1", lambda number: number in (0, 1))
 LORA_RANK = Range("from 1 to 4096", lambda number: 1 <= number <= 4096)
 SEED = Range("from 0 to 4294967295", lambda number: 0 <= number < 2**32)  # what NumPy takes
-PROMPT_TOKENS = Range("from 1 to 512", lambda number: 1 <= number <= 512)  # no pipeline generates with more
+PROMPT_TOKENS = Range(f"from 1 to {LONGEST}", lambda number: 1 <= number <= LONGEST)  # no pipeline generates with more
 ANY = Range("that is finite", lambda number: True)
 
 
@@ -337,7 +338,7 @@ def _check_packages(options: argparse.Namespace) -> None:
 
 def _installed(package: str) -> bool:
     """Can it be imported? What is imported already need not have a spec, which find_spec takes for an error."""
-    return package in sys.modules or importlib.util.find_spec(package) is not None
+    return sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None
 
 
 def notes_on(options: argparse.Namespace) -> list[str]:
