@@ -79,7 +79,7 @@ def test_clip_with_a_single_file_counts_as_with_vocabulary_and_merges(strange: l
 
 
 def test_what_the_quick_way_refuses_goes_the_long_way(tmp_path: Path) -> None:
-    """A merge of something that is no token: CLIPTokenizer takes it, the tokenizers library does not."""
+    """A merge of something that is not a token: CLIPTokenizer takes it, the tokenizers library does not."""
     shutil.copytree(MODEL / "tokenizer", tmp_path / "t")
     with (tmp_path / "t" / "merges.txt").open("a") as file:
         file.write("q q\n")

@@ -159,10 +159,10 @@ def test_models_that_cannot_be_used(tiny_model: Path, tmp_path: Path) -> None:
     [
         (lambda tensors: {}, "holds no weights"),
         (lambda tensors: {key: value for key, value in tensors.items() if "lora_A" in key}, "half of transformer.tr"),
-        (lambda tensors: {key: value.flatten() for key, value in tensors.items()}, "is no matrix"),
-        (lambda tensors: {"lora_unet_down.alpha": torch.ones(1)}, "is no LoRA of SD3 in diffusers' format"),
-        (lambda tensors: {"unet.a.lora_A.weight": torch.ones(4, 4)}, "is no LoRA of SD3 in diffusers' format"),
-        (lambda tensors: {f"{key}x": value for key, value in tensors.items()}, "is no LoRA of SD3"),
+        (lambda tensors: {key: value.flatten() for key, value in tensors.items()}, "is not a matrix"),
+        (lambda tensors: {"lora_unet_down.alpha": torch.ones(1)}, "is not a LoRA of SD3 in diffusers' format"),
+        (lambda tensors: {"unet.a.lora_A.weight": torch.ones(4, 4)}, "is not a LoRA of SD3 in diffusers' format"),
+        (lambda tensors: {f"{key}x": value for key, value in tensors.items()}, "is not a LoRA of SD3"),
         (
             lambda tensors: {key.replace("blocks.0", "blocks.37"): value for key, value in tensors.items()},
             "transformer has no transformer_blocks.37.attn",

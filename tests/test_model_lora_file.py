@@ -1,4 +1,4 @@
-"""A LoRA file counts as strongly as whoever wrote it states, in every layout; what is not known is refused by name."""
+"""A LoRA file counts as strongly as its writer states, in every layout; what is not known is refused by name."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_what_is_not_known_is_refused_by_its_key(
     others = spelt(pairs(model, RANKS))
     tensors = {} if first else others
     text = refused(model, tmp_path, tensors | {key: torch.ones(4, 4)})
-    assert f"is no LoRA of SD3 in diffusers' format (it holds {key}" in text
+    assert f"is not a LoRA of SD3 in diffusers' format (it holds {key}" in text
     assert said in text
 
 
@@ -294,10 +294,10 @@ def test_tensors_that_contradict_each_other(model: Path, tmp_path: Path, more: d
 @pytest.mark.parametrize("module", ["transformer_blocks.0.attn.norm_q", "pos_embed.proj"])
 def test_modules_that_are_no_linear_layers(model: Path, tmp_path: Path, module: str) -> None:
     tensors = {f"transformer.{module}.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
-    assert f"{module} is no linear layer" in refused(model, tmp_path, tensors)
+    assert f"{module} is not a linear layer" in refused(model, tmp_path, tensors)
     embedding = f"text_encoder.{CLIP.replace('encoder.layers', 'embeddings.token_embedding')}"
     tensors = {f"{embedding}.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
-    assert "token_embedding is no linear layer" in refused(model, tmp_path, tensors)
+    assert "token_embedding is not a linear layer" in refused(model, tmp_path, tensors)
 
 
 def test_an_adapter_of_peft_without_its_settings(model: Path, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_shapes_that_are_no_numbers(model: Path, tmp_path: Path) -> None:
     header = json.dumps(entries).encode()
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(UserError, match="is no matrix"):
+    with pytest.raises(UserError, match="is not a matrix"):
         find_sources(str(model), str(lora))
 
 

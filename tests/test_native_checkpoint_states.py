@@ -80,7 +80,7 @@ CHANGES = {
         tensor("scale", torch.ones(()).half(), WEIGHTS),
         f"{WEIGHTS}: scale is torch.float16, expected",
     ),
-    "another weight": (tensor("bias", torch.zeros(3), WEIGHTS), "'bias' is no weight of it"),
+    "another weight": (tensor("bias", torch.zeros(3), WEIGHTS), "'bias' is not a weight of it"),
     "a list": (
         lambda folder: (folder / "state.json").write_text("[]"),
         "state.json: the state is [], expected an object",

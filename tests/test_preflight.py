@@ -143,7 +143,7 @@ def test_a_missing_shard_is_named(model: Path) -> None:
     whole = next((model / "transformer").glob("*.safetensors"))
     (model / "transformer" / f"{whole.name}.index.json").write_text(json.dumps(index))
     shutil.copy(whole, model / "transformer" / "part-1.safetensors")
-    assert check_model(str(model)) == []  # beside whole weights it is no obstacle
+    assert check_model(str(model)) == []  # beside whole weights it does not matter
     whole.unlink()
     assert "transformer/part-2.safetensors missing" in only(check_model(str(model)))
 

@@ -82,7 +82,7 @@ def _resident_bytes() -> int:
 
 
 def anonymous_bytes(process: int | str) -> int:
-    """Memory of a process, by its number, that is no file; 0 where it has ended."""
+    """Memory of a process, by its number, that is not of a file; 0 where it has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
     except OSError:

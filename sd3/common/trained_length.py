@@ -7,12 +7,13 @@ to another length gives another image.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from sd3.common.command_line import UserError
 from sd3.common.model_files import INDEX
+from sd3.common.safetensors_files import safetensors_metadata
 
 DEFAULT = 256  # of StableDiffusion3Pipeline, for models and LoRA files that say nothing
 LONGEST = 512  # that StableDiffusion3Pipeline takes
@@ -57,22 +58,15 @@ def _stated(file: Path) -> object:
     if not file.is_file():
         return None
     if file.suffix == ".safetensors":
-        return _header(file).get(KEY)
+        try:
+            return safetensors_metadata(file).get(KEY)
+        except (OSError, ValueError):
+            return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values.get(INDEX_KEY if file.name == INDEX else KEY) if isinstance(values, dict) else None
-
-
-def _header(file: Path) -> Mapping[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return tensors.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}
 
 
 def write_to_index(file: Path, tokens: int) -> None:

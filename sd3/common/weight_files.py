@@ -1,7 +1,7 @@
 """Which weight files of a part of a pipeline are used. Reads headers and indexes; standard library only.
 
-Plain files where they are whole, else those of a variant such as fp16, part by part. Other files beside them are no
-obstacle: an index whose shards were left out, a file that is cut short beside whole shards. Where diffusers and
+Plain files where they are whole, else those of a variant such as fp16, part by part. Other files beside them do not
+matter: an index whose shards were left out, a file that is cut short beside whole shards. Where diffusers and
 transformers would take other files, a temporary folder of links shows them the chosen ones under plain names.
 """
 
@@ -66,7 +66,7 @@ class WeightSet:
 
 
 def choose_weights(part: Path, variant: str | None = None) -> WeightSet | None:
-    """The weights of a part to use; `variant`: None for the rule of this module. None where there are no whole ones."""
+    """The weights of a part to use; `variant`: None for the rule of this module. None where none are whole."""
     return next((found for found in _all_sets(part, variant) if found.whole), None)
 
 
@@ -196,7 +196,7 @@ def shards_of(index: Path) -> list[str]:
     """Names of the shards of an index, all in its own folder.
 
     Raises:
-        ValueError: it is no index, or names files elsewhere.
+        ValueError: it is not an index, or names files elsewhere.
     """
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -35,7 +35,7 @@ def check_files(named: str, root: Path, folder_option: str) -> None:
         signs = " ".join(found)
         raise UserError(f"{named} has {signs} in its path, which has a meaning in patterns; rename the folder.")
     files = parquet_files(root)
-    if not files and not any(root.rglob("metadata.*")):
+    if not files and not _metadata(root):
         raise UserError(
             f"{named} has no .parquet file and no metadata.jsonl or metadata.csv; for a folder of images use "
             f"{folder_option}={root}."

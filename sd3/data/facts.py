@@ -38,7 +38,6 @@ class ImageFacts:
         """Is there only one place to cut a square from?"""
         return self.width == self.height
 
-
     def as_text(self) -> str:
         """To be kept."""
         return json.dumps([self.digest, self.width, self.height, self.changes, self.problem])

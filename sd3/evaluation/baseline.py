@@ -12,7 +12,9 @@ from sd3.data.training_data import DataFlags, Spelling, TrainingImage, load_rows
 from sd3.evaluation.images import ImageSource
 
 # Without options for the rest: a published data set has its images in `image` and a `train` split.
-SPELLING = Spelling("--dataset", "--dataset", "--dataset", "--dataset", "--caption-column", "--reference-dir")
+SPELLING = Spelling(
+    "--dataset", "--dataset", "--dataset: split", "--dataset: image column", "--caption-column", "--reference-dir"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,20 +11,14 @@ from pathlib import Path
 
 from sd3.common.command_line import UserError
 from sd3.common.hub_models import model_directory
-from sd3.common.model_files import (
-    INDEX,
-    content_hash,
-    missing_files,
-    parts_of,
-)
+from sd3.common.model_files import INDEX, content_hash, missing_files, parts_of
 from sd3.common.part_contents import damaged_part
 from sd3.common.trained_length import RUN_SETTINGS
 from sd3.common.weight_files import MODELS, of_variants, tensor_shapes
+from sd3.model.lora_file import LORA_FILE, PEFT_FILE, LoraFile, read_lora
 from sd3.model.lora_file import PARTS as LORA_PARTS
-from sd3.model.lora_file import PEFT_FILE, LoraFile, read_lora
 from sd3.model.lora_settings import LoraError
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 GIVE_LORA = "give a LoRA file, or the run directory or a checkpoint of a LoRA fine-tune"
 
 

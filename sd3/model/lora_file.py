@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = ("transformer", "text_encoder", "text_encoder_2")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # of diffusers and of both engines
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -145,7 +146,7 @@ def _parse(key: str) -> tuple[tuple[str, str], str]:
         return (part or "transformer", module), SUFFIXES[suffix]
     method = next((f", which is of a {name}" for mark, name in OTHER_METHODS.items() if mark in key), "")
     raise LoraError(
-        f"is no LoRA of SD3 in diffusers' format (it holds {key}{method}); give a file that a LoRA launcher wrote."
+        f"is not a LoRA of SD3 in diffusers' format (it holds {key}{method}); give a file that a LoRA launcher wrote."
     )
 
 
@@ -162,7 +163,7 @@ def _rank(
         key = keys[side]
         shape, dtype = entries[key]["shape"], entries[key]["dtype"]
         if len(shape) != 2 or not all(isinstance(length, int) for length in shape):
-            raise LoraError(f"is damaged: {key} is no matrix; train or copy it again.")
+            raise LoraError(f"is damaged: {key} is not a matrix; train or copy it again.")
         if dtype not in DTYPES:
             raise LoraError(f"holds {key} in {dtype}; expected one of {', '.join(DTYPES)}: convert it.")
         _check_width(part, module, key, tuple(shape), shapes.get(part), side)
@@ -179,12 +180,12 @@ def _check_width(
 ) -> None:
     """A projects from the width that the weight reads, B to the width that it makes."""
     if known is None:
-        return  # weights without readable headers: whoever adds the matrices compares
+        return  # weights without readable headers: add_lora compares
     weight = known.get(f"{module}.weight")
     if weight is None:
         raise LoraError(f"was trained for another model: {part} has no {module}; give the model it was trained on.")
     if len(weight) != 2 or module.endswith("_embedding"):
-        raise LoraError(f"holds {key}, and {module} is no linear layer; give a LoRA of linear layers.")
+        raise LoraError(f"holds {key}, and {module} is not a linear layer; give a LoRA of linear layers.")
     if shape[1 if side == "A" else 0] != weight[1 if side == "A" else 0]:
         raise LoraError(
             f"was trained for another model: {key} is {'x'.join(map(str, shape))}, and the weight "

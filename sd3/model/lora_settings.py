@@ -98,7 +98,7 @@ def parse_settings(text: str, where: str, parts: Sequence[str], known: Sequence[
         known: names of parts that settings may begin with; where none does, all are those of the only part.
 
     Raises:
-        LoraError: they are no settings, or of an adapter that is more than a LoRA.
+        LoraError: they are not settings, or of an adapter that is more than a LoRA.
     """
     try:
         found = json.loads(text)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sd3.common.command_line import UserError
+from sd3.model.lora_file import LORA_FILE
 from sd3.native import checkpoint_files
 from sd3.native.checkpoint_files import unusable
 from sd3.native.checkpoint_state import FORMAT, Mismatch, check_facts, check_scaler, check_schedule, check_tensor, shown
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 DEEPSPEED = "deepspeed"
-LORA = "pytorch_lora_weights.safetensors"
 # What DeepSpeed's own reading, and the unpickling in it, was seen to raise for files that were changed.
 DEEPSPEED_ERRORS = (
     RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError, EOFError, ImportError,
@@ -263,7 +263,7 @@ class Checkpoints:
 
     def _lora_of(self, folder: Path) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Each low-rank matrix in training with that of the checkpoint."""
-        tensors = _tensors_of(folder, LORA)
+        tensors = _tensors_of(folder, LORA_FILE)
         expected = {
             f"{name}.{key.replace('.default.', '.')}": parameter
             for name, part in self.trained.parts.items()
@@ -279,7 +279,7 @@ class Checkpoints:
             for key, parameter in expected.items():
                 check_tensor(key, tensors[key], shapes[key], parameter.dtype)
         except Mismatch as reason:
-            raise unusable(folder, LORA, reason) from None
+            raise unusable(folder, LORA_FILE, reason) from None
         return [(parameter, tensors[key]) for key, parameter in expected.items()]
 
 
@@ -298,7 +298,7 @@ def _load_part(folder: Path, name: str, part: torch.nn.Module) -> None:
         try:
             for key, tensor in tensors.items():
                 if key not in expected or key in loaded:
-                    raise Mismatch(f"{shown(key)} is {'there twice' if key in loaded else 'no weight of it'}")
+                    raise Mismatch(f"{shown(key)} is {'there twice' if key in loaded else 'not a weight of it'}")
                 check_tensor(key, tensor, tuple(expected[key].shape), expected[key].dtype)
         except Mismatch as reason:
             raise unusable(folder, file, f"{reason}, of the {name} in training") from None

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sd3.native.options import Flag, flags
+from sd3.native import options
+from sd3.native.options import Flag, Range, flags
 
 FORMAT = 2
 Facts = dict[str, Any]
@@ -29,14 +30,14 @@ class Kind(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def whole(low: int, high: int) -> Kind:
+def integer(low: int, high: int) -> Kind:
     """Whole numbers in a range; true and false are none."""
     return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
-def number(words: str, holds: Callable[[float], bool] = lambda value: True) -> Kind:
-    """Finite numbers for which `holds` is true; true and false are none."""
-    return Kind(f"a number {words}", lambda value: is_finite(value) and holds(value))
+def number(limits: Range) -> Kind:
+    """Finite numbers in a range; true and false are none."""
+    return Kind(f"a number {limits.words}", lambda value: is_finite(value) and limits.holds(value))
 
 
 def is_finite(value: Any) -> bool:  # noqa: ANN401
@@ -51,7 +52,7 @@ def either(*values: object) -> Kind:
     """One of some values, of the same type: 1 is not true."""
     return Kind(
         " or ".join(str(value) for value in values),
-        lambda value: any(type(value) is type(one) and value == one for one in values),
+        lambda value: any(type(value) is type(other) and value == other for other in values),
     )
 
 
@@ -59,14 +60,13 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 BOOLEAN = Kind("true or false", lambda value: isinstance(value, bool))
 UNSET_OR_BOOLEAN = Kind("true, false or null", lambda value: value is None or isinstance(value, bool))
-COUNT = whole(0, 2**53)
-FROM_ZERO = number("from 0 up", lambda value: value >= 0)
-POSITIVE = number("above 0", lambda value: value > 0)
-FINITE = number("that is finite")
-BELOW_ONE = number("from 0 to below 1", lambda value: 0 <= value < 1)
+COUNT = integer(0, 2**53)
+FROM_ZERO, POSITIVE, BELOW_ONE, FINITE = (
+    number(limits) for limits in (options.NOT_NEGATIVE, options.POSITIVE, options.BELOW_ONE, options.ANY)
+)
 FACTS = {
-    "format": either(FORMAT), "kind": either("full", "lora"), "deepspeed": BOOLEAN, "ranks": whole(1, 2**20),
-    "step": whole(1, 2**53), "position": whole(1, 2**63 - 1), "seed": whole(0, 2**32 - 1), "data": TEXT,
+    "format": either(FORMAT), "kind": either("full", "lora"), "deepspeed": BOOLEAN, "ranks": integer(1, 2**20),
+    "step": integer(1, 2**53), "position": integer(1, 2**63 - 1), "seed": integer(0, 2**32 - 1), "data": TEXT,
     "flags": OBJECT, "schedule": OBJECT,
 }  # fmt: skip
 # Checkpoints of earlier versions lack base and course; DeepSpeed keeps an optimizer's state itself.
@@ -75,7 +75,7 @@ NEEDED_FLAGS = ("seed", "optimizer", "use_8bit_adam")  # those that a resume act
 SCHEDULE = {"last_epoch", "_step_count", "base_lrs", "_last_lr", "lr_lambdas"}
 SCHEDULE_NOTES = {"verbose", "_get_lr_called_within_step", "_is_initial"}  # some versions of torch keep some of them
 SCALER = {
-    "scale": POSITIVE, "growth_factor": POSITIVE, "backoff_factor": POSITIVE, "growth_interval": whole(1, 2**53),
+    "scale": POSITIVE, "growth_factor": POSITIVE, "backoff_factor": POSITIVE, "growth_interval": integer(1, 2**53),
     "_growth_tracker": COUNT,
 }  # fmt: skip
 SCALER_NOTES = {"dynamic"}  # torch_npu's says whether its scale changes
@@ -107,8 +107,8 @@ def expect_list(place: str, value: object, length: int, kind: Kind) -> None:
     """Raise Mismatch where a value is not a list of so many of a kind."""
     if not isinstance(value, list | tuple) or len(value) != length:
         raise Mismatch(f"{place} is {shown(value)}, expected a list of {length}")
-    for index, one in enumerate(value):
-        expect(f"{place}[{index}]", one, kind)
+    for index, entry in enumerate(value):
+        expect(f"{place}[{index}]", entry, kind)
 
 
 def check_facts(state: Facts, step: int) -> None:
@@ -118,7 +118,7 @@ def check_facts(state: Facts, step: int) -> None:
         if name in state:
             expect(name, state[name], kind)
     expect("step", state["step"], either(step))
-    expect("position", state["position"], whole(step, 2**63 - 1))  # each step takes one sample or more
+    expect("position", state["position"], integer(step, 2**63 - 1))  # each step takes one sample or more
     if state["deepspeed"] == ("optimizer" in state):
         raise Mismatch(f"deepspeed is {state['deepspeed']}, expected an optimizer exactly where it is not")
     check_flags(state["kind"], state["flags"])
@@ -140,7 +140,7 @@ def _kind_of(flag: Flag) -> Kind:
         return BOOLEAN
     kind = TEXT
     if flag.kind in (int, float):
-        words, fits = flag.range or ("that is finite", lambda value: True)
+        words, fits = flag.range or options.ANY
         types = (int,) if flag.kind is int else (int, float)
         kind = Kind(
             f"a{' whole' if flag.kind is int else ''} number {words}",
@@ -157,7 +157,7 @@ def check_schedule(found: Facts, groups: int, step: int) -> None:
     Steps that fp16 skipped for an overflow are not counted by it.
     """
     expect_names("schedule", found, SCHEDULE, SCHEDULE_NOTES)
-    expect("schedule.last_epoch", found["last_epoch"], whole(0, step))
+    expect("schedule.last_epoch", found["last_epoch"], integer(0, step))
     expect("schedule._step_count", found["_step_count"], either(found["last_epoch"] + 1))
     for name in ("base_lrs", "_last_lr"):
         expect_list(f"schedule.{name}", found[name], groups, FROM_ZERO)
@@ -181,5 +181,3 @@ def check_tensor(name: str, found: torch.Tensor, shape: tuple[int, ...], dtype: 
         raise Mismatch(f"{name} has shape {shown(tuple(found.shape))}, expected {shape}")
     if found.dtype != dtype:
         raise Mismatch(f"{name} is {found.dtype}, expected {dtype}")
-
-

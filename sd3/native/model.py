@@ -18,6 +18,7 @@ from sd3.common.command_line import UserError
 from sd3.common.model_files import content_hash, parts_of
 from sd3.common.part_loading import load_weights
 from sd3.common.trained_length import KEY
+from sd3.model.lora_file import LORA_FILE
 from sd3.model.lora_layers import write_lora
 from sd3.native.options import block_numbers
 from sd3.native.text import ENCODERS, TextEncoders, load_encoders
@@ -28,7 +29,6 @@ LORA_TARGETS = (
 )  # fmt: skip
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 CLIPS = ("text_encoder", "text_encoder_2")
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 
 

@@ -26,12 +26,12 @@ from sd3.native.checkpoint_state import (
     expect,
     expect_list,
     expect_names,
+    integer,
     shown,
-    whole,
 )  # fmt: skip
 
 Tensors = dict[str, torch.Tensor]
-Packed = dict[str, Any]  # `state`: what is no tensor, by name; `groups`: the parameter groups
+Packed = dict[str, Any]  # `state`: what is not a tensor, by name; `groups`: the parameter groups
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of a state's tensors by name
 NEEDED = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 # What AdamW has beside them, depending on its version and the device. None of our flags sets the first five.
@@ -91,7 +91,7 @@ def _check_group(place: str, group: dict[str, Any], mine: dict[str, Any]) -> Non
         if name == "betas":
             expect_list(f"{place}.betas", value, 2, BELOW_ONE)
         elif name == "params":
-            if value != mine["params"] or not all(type(one) is int for one in value):
+            if value != mine["params"] or not all(type(number) is int for number in value):
                 raise Mismatch(f"{place}.params is {shown(value)}, expected {shown(mine['params'])}")
         else:
             expect(f"{place}.{name}", value, SETTINGS.get(name) or either(mine[name]))
@@ -141,7 +141,7 @@ def _check_value(key: str, value: object, layout: tuple[tuple[int, ...], torch.d
         if isinstance(value, torch.Tensor):
             check_tensor(key, value, *layout)
             value = int(value) if value.isfinite() and value == value.trunc() else value.item()
-        expect(key, value, whole(0, last))  # fused kernels count back a step that fp16 had them skip, the first too
+        expect(key, value, integer(0, last))  # fused kernels count back a step that fp16 had them skip, the first too
     elif not isinstance(value, torch.Tensor):
         raise Mismatch(f"{key} is {shown(value)}, expected a tensor")
     elif key.endswith(".p0") and value.dim() == 0:  # Prodigy's, of a parameter that began as zeros
@@ -160,7 +160,9 @@ def _layout(optimizer: torch.optim.Optimizer, group: int, place: int) -> Layout:
         # bitsandbytes, whose blocks differ in size between its versions: it is asked.
         inner.init_state(inner.param_groups[group], parameter, group, place)
         made = inner.state.pop(parameter).items()
-        return step | {name: (tuple(one.shape), one.dtype) for name, one in made if isinstance(one, torch.Tensor)}
+        return step | {
+            name: (tuple(value.shape), value.dtype) for name, value in made if isinstance(value, torch.Tensor)
+        }
     like = (tuple(parameter.shape), parameter.dtype)
     moments: Layout = {**step, "exp_avg": like, "exp_avg_sq": like}
     if "d" not in settings:
