@@ -116,7 +116,11 @@ raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
     assert subprocess.run([sys.executable, "-c", program], cwd=PROJECT, timeout=30).returncode == 7
 
 
-@pytest.mark.parametrize("value", ["", "x", "1 2", "a b c", f"{os.getpid()} {orphans.started(os.getpid())} 60"])
+@pytest.mark.parametrize(
+    "value",
+    ["", "x", "1 2", "a b c", f"{os.getpid()} {orphans.started(os.getpid())} 60"],
+    ids=["none", "one word", "two words", "three words", "this process"],  # the same in every process of the suite
+)
 def test_a_rank_whose_supervisor_is_well_or_unknown_goes_on(value: str) -> None:
     program = f"import time\n{WATCH}time.sleep(1)"
     env = {**os.environ, orphans.SUPERVISOR: value}
