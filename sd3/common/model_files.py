@@ -42,15 +42,15 @@ def check_model(name: str, option: str = "--model_name") -> list[str]:
     if not root.is_dir():
         return [f"{option}={name} is a file; give the directory with model_index.json in it."]
     try:
-        return [f"{option}={name} is {problem}" for problem in _problems(root)]
+        return [f"{option}={name} {problem}" for problem in _problems(root)]
     except ValueError as error:
         return [f"{option}={name} is damaged: {INDEX} {error}; download the model again."]
 
 
 def _problems(root: Path) -> list[str]:
-    """What is wrong with a pipeline directory, to stand after its name and "is"; raises as `absent_parts` does."""
+    """What is wrong with a pipeline directory, to stand after its name; raises as `absent_parts` does."""
     if (kind := _index(root).get("_class_name")) and PIPELINE not in str(kind):
-        return [f"a {kind}, expected a {PIPELINE}Pipeline; give a model of that kind."]
+        return [f"is a {kind}, expected a {PIPELINE}Pipeline; give a model of that kind."]
     absent, parts = absent_parts(root), parts_of(root)
     missing = [] if (root / INDEX).is_file() else [INDEX]
     missing += [f"{part} (null in {INDEX})" for part in parts if part in absent]
@@ -65,9 +65,9 @@ def _problems(root: Path) -> list[str]:
     broken += damaged_objects([root / SCHEDULER])
     problems = []
     if missing:
-        problems.append(f"incomplete: {', '.join(missing)} missing; download the model again.")
+        problems.append(f"is incomplete: {', '.join(missing)} missing; download the model again.")
     if broken:
-        problems.append(f"damaged: {'; '.join(broken)}; download these files again.")
+        problems.append(f"is damaged: {'; '.join(broken)}; download these files again.")
     return problems
 
 
