@@ -193,3 +193,13 @@ def test_settings_that_are_left_out_have_the_librarys_defaults(model: Path) -> N
     file.write_text(json.dumps(config))
     assert check_model(str(model)) == []
     assert largest_side(model / "transformer", model / "vae") == 96 * 2 * 8
+
+
+@pytest.mark.parametrize("part", ["scheduler", "vae", "safety_checker"])
+@pytest.mark.parametrize("library", ["evil", "evil.module", "..", "os", "diffusers.evil"])
+def test_an_index_that_names_code_of_its_own_is_refused(model: Path, part: str, library: str) -> None:
+    """diffusers would run scheduler/evil.py for it."""
+    (model / part).mkdir(exist_ok=True)
+    (model / part / "evil.py").write_text("raise SystemExit('run')")
+    change(model / "model_index.json", **{part: [library, "FlowMatchEulerDiscreteScheduler"]})
+    assert f"model_index.json names {part} of {library!r}; expected only classes of" in only_problem(model)

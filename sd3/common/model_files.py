@@ -19,6 +19,7 @@ from sd3.common.weight_files import MODELS, weight_files
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+LIBRARIES = ("diffusers", "transformers")
 PIPELINE = "StableDiffusion3"  # what the names of its classes begin with
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
 # Folders that a pipeline may have; a model's own index of them is the word of whoever made the model.
@@ -51,6 +52,9 @@ def _problems(root: Path) -> list[str]:
     """What is wrong with a pipeline directory, to stand after its name; raises as `absent_parts` does."""
     if (kind := _index(root).get("_class_name")) and PIPELINE not in str(kind):
         return [f"is a {kind}, expected a {PIPELINE}Pipeline; give a model of that kind."]
+    if foreign := _foreign_parts(root):
+        named = ", ".join(foreign)
+        return [f"is refused: {INDEX} names {named}; expected only classes of {' and '.join(LIBRARIES)}."]
     absent, parts = absent_parts(root), parts_of(root)
     missing = [] if (root / INDEX).is_file() else [INDEX]
     missing += [f"{part} (null in {INDEX})" for part in parts if part in absent]
@@ -93,6 +97,19 @@ def _index(model: Path) -> dict[str, Any]:
         return read_object(model / INDEX, "an index of parts")
     except FileNotFoundError:
         return {}
+
+
+def _foreign_parts(model: Path) -> list[str]:
+    """Entries of the index that name something else than a class of the libraries.
+
+    diffusers runs a Python file of the model's directory for a library that it does not know.
+    """
+    found = []
+    for part, entry in _index(model).items():
+        named = entry[0] if isinstance(entry, list) and entry else None
+        if not part.startswith("_") and isinstance(named, str) and named not in LIBRARIES:
+            found.append(f"{part} of {named!r:.80}")
+    return found
 
 
 def _is_absent(part: str, entry: object) -> bool:
