@@ -168,7 +168,7 @@ def test_missing_weights_are_an_error_and_not_drawn_at_random(tiny_model: Path, 
     weights = weights_of(model)
     spoilt = (weights.transformer, weights.vae, partial(weights.text_encoder, "text_encoder", CPU))
     for load in (*spoilt, partial(weights.text_encoder, "text_encoder_3", CPU)):
-        with pytest.raises(UserError, match="get it again"):
+        with pytest.raises(UserError, match="download it again"):
             load()
     weights.text_encoder("text_encoder_2", CPU)
 
