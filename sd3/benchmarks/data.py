@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3.benchmarks.data_images import folder_of
 from sd3.benchmarks.data_run import Case, Measured, run_case, start_once
 from sd3.common.command_line import Parser, UserError
-from sd3.common.paired import SPREAD, Variant, add_options, measure, ratios, run_benchmark, shown
+from sd3.common.paired import SPREAD, Variant, add_options, kept_in, measure, ratios, run_benchmark, shown
 from sd3.common.run_environment import environment
 
 FEW_PHOTOGRAPHS, FEW_SMALL = 5, 20  # what the many are compared with; the 5 are small images
@@ -55,7 +54,7 @@ def compare(options: argparse.Namespace, script: Path) -> dict[str, Any]:
         UserError: an option makes no sense, images cannot be made, or a run failed.
     """
     _check(options)
-    with _kept_in(options.keep) as folder:
+    with kept_in(options.keep) as folder:
         try:
             cases = _cases(options, folder)
         except OSError as error:
@@ -80,16 +79,6 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name}={getattr(options, name)} is below 0; give how many, or 0 to leave them out.")
     if not options.photographs and not options.small:
         raise UserError("--photographs=0 and --small=0 leave nothing to measure; give one of them.")
-
-
-@contextlib.contextmanager
-def _kept_in(folder: Path | None) -> Iterator[Path]:
-    """The directory that the user named, else one for this run alone."""
-    if folder is not None:
-        yield folder.resolve()
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
 
 
 def _cases(options: argparse.Namespace, folder: Path) -> dict[str, Case]:

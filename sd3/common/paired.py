@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -66,6 +67,16 @@ def run_benchmark(
     except UserError as error:
         print(error, file=sys.stderr)
         return error.status
+
+
+@contextlib.contextmanager
+def kept_in(folder: Path | None) -> Iterator[Path]:
+    """The directory that the user named, else one for only this run."""
+    if folder is not None:
+        yield folder.resolve()
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
 
 
 def _check_output(file: Path) -> None:

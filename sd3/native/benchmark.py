@@ -9,8 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from sd3.common.command_line import Parser, UserError
 from sd3.common.devices import DeviceError, detect
 from sd3.common.files import write_text
 from sd3.common.model_sizes import PATCH, SIZES, VAE_STRIDE, size_of
-from sd3.common.paired import Variant, add_options, measure, run_benchmark
+from sd3.common.paired import Variant, add_options, kept_in, measure, run_benchmark
 from sd3.common.run_environment import environment
 from sd3.common.synthetic_data import make_dog
 from sd3.common.tiny_sd3 import make_tiny_sd3
@@ -96,7 +95,7 @@ def compare(options: argparse.Namespace, script: Path) -> dict[str, Any]:
     """
     case, size_name = plan(options)
     _check_upstream()
-    with _kept_in(options.keep) as folder:
+    with kept_in(options.keep) as folder:
         model = _model(folder, size_name)
         case = dataclasses.replace(case, model=str(model), data=str(_pictures(folder, case)))
         # On a CPU memory has a run of its own; from the second step on it holds the optimizer's moments too.
@@ -171,16 +170,6 @@ def _check_upstream() -> None:
     if done.returncode or not FOLDERS["upstream"].is_dir():
         why = (done.stderr.strip().splitlines() or ["patches: unknown"])[0].removeprefix("patches: ").rstrip(".")
         raise UserError(f"The patched upstream scripts are missing ({why}); run: bash setup_env.sh", 3)
-
-
-@contextlib.contextmanager
-def _kept_in(folder: Path | None) -> Iterator[Path]:
-    """The directory that the user named, else one for this run alone."""
-    if folder is not None:
-        yield folder.resolve()
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
 
 
 def _model(folder: Path, size_name: str) -> Path:
